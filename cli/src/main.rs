@@ -1,0 +1,2 @@
+//! howdah cli.
+fn main() {}

@@ -1,0 +1,2 @@
+//! howdah scheduler.
+fn main() {}

@@ -1,0 +1,2 @@
+//! howdah lab.
+fn main() {}

@@ -1,0 +1,2 @@
+//! howdah webhook.
+fn main() {}
