@@ -1,1 +1,8 @@
-//! howdah core.
+//! Pure decisions of howdah: policy, schedule, retention and the operations as state machines.
+//!
+//! No IO, no clock and no randomness in here: `now` is a parameter, and what is to be done is returned as data.
+
+pub mod annotations;
+pub mod names;
+pub mod retention;
+pub mod schedule;

@@ -1,0 +1,129 @@
+//! Names howdah and its users share: the API group, labels, annotations, and the names of what it makes.
+//!
+//! Everything a backup creates is named after its slot, never after the clock at retry: a retry finds what an
+//! earlier attempt made instead of making it twice.
+
+use jiff::Timestamp;
+
+/// API group of the records, and the prefix of every label and annotation.
+pub const GROUP: &str = "howdah.dev";
+/// Version of the records.
+pub const VERSION: &str = "v1alpha1";
+
+/// Label that puts a StatefulSet under howdah's care; its value is [`PROTECT_VALUE`].
+pub const PROTECT_LABEL: &str = "howdah.dev/protect";
+/// The one value of [`PROTECT_LABEL`] that means "protected".
+pub const PROTECT_VALUE: &str = "true";
+
+/// Prefix of every annotation of ours.
+pub const ANNOTATION_PREFIX: &str = "howdah.dev/";
+/// `enforce`, `warn` or `audit`.
+pub const MODE: &str = "howdah.dev/mode";
+/// Prefix of the exemption annotations; the id of a policy rule follows.
+pub const EXEMPT_PREFIX: &str = "howdah.dev/exempt.";
+/// Cron expression of the scheduled backups.
+pub const SCHEDULE: &str = "howdah.dev/schedule";
+/// IANA time zone that the schedule and the retention calendar are read in.
+pub const TIME_ZONE: &str = "howdah.dev/time-zone";
+/// Which backups are kept.
+pub const RETENTION: &str = "howdah.dev/retention";
+/// `online`, `crash` or `offline`.
+pub const CONSISTENCY: &str = "howdah.dev/consistency";
+/// When a backup is proven by a restore: `always`, `never` or a cron expression.
+pub const VERIFY: &str = "howdah.dev/verify";
+/// `true` stops scheduled backups.
+pub const SUSPEND: &str = "howdah.dev/suspend";
+/// Name of a Secret with `username` and `password`.
+pub const CREDENTIALS: &str = "howdah.dev/credentials";
+/// `auto`, `manual` or `off`.
+pub const FAILOVER: &str = "howdah.dev/failover";
+/// Every annotation a protected StatefulSet may carry, apart from the exemptions.
+pub const STATEFUL_SET_ANNOTATIONS: [&str; 9] =
+    [MODE, SCHEDULE, TIME_ZONE, RETENTION, CONSISTENCY, VERIFY, SUSPEND, CREDENTIALS, FAILOVER];
+
+/// Annotation on a `PostgresBackup`: never prune it, whatever its value (it may say why).
+pub const HOLD: &str = "howdah.dev/hold";
+/// Label on a `PostgresBackup`: the StatefulSet it belongs to.
+pub const DATABASE_LABEL: &str = "howdah.dev/database";
+
+/// Prefix of every snapshot howdah takes. A snapshot without it is foreign and is never touched.
+pub const SNAPSHOT_PREFIX: &str = "howdah-";
+/// Prefix of the snapshots of backups made by hand.
+pub const MANUAL_SNAPSHOT_PREFIX: &str = "howdah-m-";
+/// Prefix of the keys under which the catalogue stands in the metadata of an RBD image.
+pub const IMAGE_META_PREFIX: &str = "howdah.dev/backup/";
+
+/// Longest name of a Kubernetes object (a DNS subdomain).
+const OBJECT_NAME_MAX: usize = 253;
+/// A hyphen and fourteen digits: what [`backup_name`] adds to the name of the StatefulSet.
+const SLOT_SUFFIX_LEN: usize = 15;
+
+/// Name of the `PostgresBackup` of `slot`; creating it is what reserves the slot.
+#[must_use]
+pub fn backup_name(stateful_set: &str, slot: Timestamp) -> String {
+    let limit = OBJECT_NAME_MAX - SLOT_SUFFIX_LEN;
+    let name = stateful_set.get(..limit.min(stateful_set.len())).unwrap_or(stateful_set);
+    format!("{name}-{}", slot.strftime("%Y%m%d%H%M%S"))
+}
+
+/// Name of the snapshot of a scheduled backup.
+#[must_use]
+pub fn snapshot_name(slot: Timestamp) -> String {
+    format!("{SNAPSHOT_PREFIX}{}", slot.strftime("%Y%m%dT%H%M%SZ"))
+}
+
+/// Name of the snapshot of a backup made by hand.
+#[must_use]
+pub fn manual_snapshot_name(slot: Timestamp) -> String {
+    format!("{MANUAL_SNAPSHOT_PREFIX}{}", slot.strftime("%Y%m%dT%H%M%SZ"))
+}
+
+/// The slot a snapshot of ours was taken for, or `None` when the snapshot is foreign.
+#[must_use]
+pub fn slot_of_snapshot(name: &str) -> Option<Timestamp> {
+    let rest = name.strip_prefix(SNAPSHOT_PREFIX)?;
+    let stamp = rest.strip_prefix("m-").unwrap_or(rest);
+    // Parsing alone would also accept other spellings, which howdah never writes.
+    let slot = jiff::civil::DateTime::strptime("%Y%m%dT%H%M%SZ", stamp).ok()?;
+    let slot = slot.to_zoned(jiff::tz::TimeZone::UTC).ok()?.timestamp();
+    (name == snapshot_name(slot) || name == manual_snapshot_name(slot)).then_some(slot)
+}
+
+/// Key of the catalogue entry of `snapshot` in the metadata of its image.
+#[must_use]
+pub fn image_meta_key(snapshot: &str) -> String {
+    format!("{IMAGE_META_PREFIX}{snapshot}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn slot() -> Timestamp {
+        "2026-11-22T03:00:00Z".parse().unwrap()
+    }
+
+    #[test]
+    fn names_derive_from_the_slot() {
+        assert_eq!(backup_name("pg", slot()), "pg-20261122030000");
+        assert_eq!(snapshot_name(slot()), "howdah-20261122T030000Z");
+        assert_eq!(manual_snapshot_name(slot()), "howdah-m-20261122T030000Z");
+        assert_eq!(image_meta_key("howdah-20261122T030000Z"), "howdah.dev/backup/howdah-20261122T030000Z");
+    }
+
+    #[test]
+    fn a_long_name_still_fits_an_object_name() {
+        assert_eq!(backup_name(&"a".repeat(253), slot()).len(), OBJECT_NAME_MAX);
+    }
+
+    #[test]
+    fn only_our_snapshots_have_a_slot() {
+        assert_eq!(slot_of_snapshot("howdah-20261122T030000Z"), Some(slot()));
+        assert_eq!(slot_of_snapshot("howdah-m-20261122T030000Z"), Some(slot()));
+        for foreign in
+            ["before-upgrade", "howdah-", "howdah-20261122", "howdah-20261322T030000Z", "howdah-x-1"]
+        {
+            assert_eq!(slot_of_snapshot(foreign), None, "{foreign}");
+        }
+    }
+}
