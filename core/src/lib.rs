@@ -3,6 +3,7 @@
 //! No IO, no clock and no randomness in here: `now` is a parameter, and what is to be done is returned as data.
 
 pub mod annotations;
+pub mod backup;
 pub mod names;
 pub mod retention;
 pub mod schedule;
