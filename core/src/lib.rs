@@ -7,3 +7,4 @@ pub mod backup;
 pub mod names;
 pub mod retention;
 pub mod schedule;
+pub mod volume;
