@@ -5,6 +5,6 @@
 pub mod annotations;
 pub mod backup;
 pub mod names;
+pub mod policy;
 pub mod retention;
 pub mod schedule;
-pub mod volume;

@@ -1,0 +1,392 @@
+//! The claims of a StatefulSet and what stands behind them: which provisioner, and what it does on deletion.
+//!
+//! Kubernetes' own order is followed: the legacy annotation before the field, no class means the newest default class,
+//! the empty class means a volume that exists already, and a claim that is bound has the driver of its volume.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::Value;
+
+use super::{ClusterFacts, Request, Target, json};
+
+/// Marks the class that claims without one get.
+const DEFAULT_CLASS: &str = "storageclass.kubernetes.io/is-default-class";
+/// Its older spelling, which the API server still honours.
+const DEFAULT_CLASS_BETA: &str = "storageclass.beta.kubernetes.io/is-default-class";
+/// Names the class in the way that came before `storageClassName`; it still wins over it.
+const LEGACY_CLASS: &str = "volume.beta.kubernetes.io/storage-class";
+/// What a class without a reclaim policy does.
+const DEFAULT_RECLAIM_POLICY: &str = "Delete";
+
+/// What howdah needs to know of a StorageClass.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StorageClass {
+    /// Who makes the volumes.
+    pub provisioner: String,
+    /// What happens to a volume whose claim is deleted.
+    pub reclaim_policy: String,
+    /// Whether claims without a class get this one.
+    pub default: bool,
+    /// When it was made, in the API server's notation, which sorts by time.
+    pub created: String,
+}
+
+impl StorageClass {
+    /// Reads a storage.k8s.io/v1 StorageClass.
+    #[must_use]
+    pub fn from_json(object: &Value) -> Self {
+        let annotations = json::strings(object, &["metadata", "annotations"]);
+        let text = |path: &[&str]| json::string(object, path).unwrap_or_default().to_owned();
+        Self {
+            provisioner: text(&["provisioner"]),
+            reclaim_policy: json::string(object, &["reclaimPolicy"])
+                .unwrap_or(DEFAULT_RECLAIM_POLICY)
+                .to_owned(),
+            default: [DEFAULT_CLASS, DEFAULT_CLASS_BETA]
+                .iter()
+                .any(|key| annotations.get(*key).is_some_and(|value| value == "true")),
+            created: text(&["metadata", "creationTimestamp"]),
+        }
+    }
+}
+
+/// What howdah needs to know of a PersistentVolumeClaim.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claim {
+    /// The class it names; `Some("")` asks for a volume that exists already.
+    pub storage_class: Option<String>,
+    /// The volume it is bound to.
+    pub volume: Option<String>,
+}
+
+impl Claim {
+    /// Reads a v1 PersistentVolumeClaim.
+    #[must_use]
+    pub fn from_json(object: &Value) -> Self {
+        Self { storage_class: class_named_by(object), volume: volume_named_by(object) }
+    }
+}
+
+/// What howdah needs to know of a PersistentVolume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Volume {
+    /// The CSI driver; `None` for the kinds of volume that have none.
+    pub driver: Option<String>,
+    /// What happens to it when its claim is deleted.
+    pub reclaim_policy: String,
+    /// Namespace and name of the claim it is bound to or reserved for.
+    pub claim: Option<(String, String)>,
+}
+
+impl Volume {
+    /// Reads a v1 PersistentVolume.
+    #[must_use]
+    pub fn from_json(object: &Value) -> Self {
+        let text = |path: &[&str]| json::string(object, path).map(str::to_owned);
+        let claim = text(&["spec", "claimRef", "namespace"]).zip(text(&["spec", "claimRef", "name"]));
+        Self {
+            driver: text(&["spec", "csi", "driver"]),
+            // A volume made by hand keeps its data unless it says otherwise.
+            reclaim_policy: text(&["spec", "persistentVolumeReclaimPolicy"])
+                .unwrap_or_else(|| "Retain".to_owned()),
+            claim,
+        }
+    }
+}
+
+/// What has to be looked up before a request can be judged.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Needed {
+    /// Claims in the namespace of the request; the volumes they are bound to are needed, too.
+    pub claims: BTreeSet<String>,
+    /// Volumes.
+    pub volumes: BTreeSet<String>,
+    /// Claims without a class and without a volume: the volume that is reserved for them is needed.
+    pub reserved_for: BTreeSet<String>,
+}
+
+/// Names what [`super::validate`] and [`super::mutate`] have to know about the claims of `request`.
+#[must_use]
+pub fn needed(request: &Request<'_>) -> Needed {
+    let mut needed = Needed::default();
+    let (Target::StatefulSet, Some(object)) = (request.target, request.object) else { return needed };
+    if !super::is_protected(object) {
+        return needed;
+    }
+    // The old object is judged, too: its inline claims may be others.
+    for object in [Some(object), request.old_object].into_iter().flatten() {
+        for claim in data_claims(object) {
+            match claim.template {
+                None => {
+                    needed.claims.insert(claim.name);
+                }
+                Some(template) => {
+                    if let Some(volume) = volume_named_by(template) {
+                        needed.volumes.insert(volume);
+                    } else if class_named_by(template).as_deref() == Some("") {
+                        needed.claims.insert(claim.name.clone());
+                        needed.reserved_for.insert(claim.name);
+                    }
+                }
+            }
+        }
+    }
+    needed
+}
+
+/// A claim of a StatefulSet: made from a template, or named by the pod.
+#[derive(Debug)]
+pub(super) struct DataClaim<'a> {
+    /// Where the class or the claim is named.
+    pub field: String,
+    /// Name of the claim of the first pod.
+    pub name: String,
+    /// The template it is made from; `None` for a claim the pod names.
+    template: Option<&'a Value>,
+}
+
+impl DataClaim<'_> {
+    /// Whether the claim is made from a template, and with it belongs to the StatefulSet.
+    pub fn is_templated(&self) -> bool {
+        self.template.is_some()
+    }
+}
+
+/// What stands behind a claim.
+#[derive(Debug)]
+pub(super) struct Backing {
+    /// The class or volume, as a user would call it.
+    pub what: String,
+    /// The provisioner, or the driver of a volume that exists already.
+    pub provisioner: String,
+    /// Whether the data is deleted with the claim.
+    pub reclaimed: bool,
+}
+
+/// Why nothing is known to stand behind a claim.
+#[derive(Debug)]
+pub(super) struct Unresolved {
+    /// What was found.
+    pub found: String,
+    /// How to fix it, as an imperative.
+    pub fix: String,
+}
+
+/// Every claim of a StatefulSet.
+pub(super) fn data_claims(object: &Value) -> Vec<DataClaim<'_>> {
+    let set = json::string(object, &["metadata", "name"]).unwrap_or_default();
+    let ordinal = json::integer(object, &["spec", "ordinals", "start"]).unwrap_or(0);
+    let name_of = |value| json::string(value, &["name"]).unwrap_or("?");
+    let templates = json::list(object, &["spec", "volumeClaimTemplates"]);
+    let template_name = |template| json::string(template, &["metadata", "name"]).unwrap_or("?");
+    let mut claims: Vec<DataClaim<'_>> = templates
+        .iter()
+        .map(|template| DataClaim {
+            field: format!("spec.volumeClaimTemplates[{}].spec.storageClassName", template_name(template)),
+            name: format!("{}-{set}-{ordinal}", template_name(template)),
+            template: Some(template),
+        })
+        .collect();
+    for volume in json::list(object, &["spec", "template", "spec", "volumes"]) {
+        // A template of the same name replaces the volume of the pod.
+        if templates.iter().any(|template| template_name(template) == name_of(volume)) {
+            continue;
+        }
+        if let Some(claim) = json::string(volume, &["persistentVolumeClaim", "claimName"]) {
+            let path = "spec.template.spec.volumes";
+            claims.push(DataClaim {
+                field: format!("{path}[{}].persistentVolumeClaim.claimName", name_of(volume)),
+                name: claim.to_owned(),
+                template: None,
+            });
+        }
+    }
+    claims
+}
+
+/// Follows a claim to its provisioner.
+pub(super) fn resolve(
+    claim: &DataClaim<'_>,
+    namespace: &str,
+    facts: &ClusterFacts,
+) -> Result<Backing, Unresolved> {
+    let existing = facts.claims.get(&claim.name);
+    let Some(template) = claim.template else {
+        let Some(existing) = existing else {
+            return Err(Unresolved {
+                found: format!("{}, which does not exist", claim.name),
+                fix: "create the claim before the StatefulSet, or use volumeClaimTemplates".to_owned(),
+            });
+        };
+        return match (&existing.volume, existing.storage_class.as_deref()) {
+            (Some(volume), _) => resolve_volume(volume, facts),
+            (None, Some("")) => Err(Unresolved {
+                found: format!("{}, which has no class and no volume yet", claim.name),
+                fix: "name its volume in spec.volumeName of the claim".to_owned(),
+            }),
+            (None, class) => resolve_class(class, facts),
+        };
+    };
+    if let Some(volume) = volume_named_by(template) {
+        return resolve_volume(&volume, facts);
+    }
+    let class = class_named_by(template);
+    if class.as_deref() != Some("") {
+        return resolve_class(class.as_deref(), facts);
+    }
+    let reserved = |volume: &Volume| {
+        volume.claim.as_ref().is_some_and(|(space, name)| space == namespace && *name == claim.name)
+    };
+    let bound = existing.and_then(|existing| existing.volume.clone());
+    let volume = bound
+        .or_else(|| facts.volumes.iter().find(|(_, volume)| reserved(volume)).map(|(name, _)| name.clone()));
+    match volume {
+        Some(volume) => resolve_volume(&volume, facts),
+        None => Err(Unresolved {
+            found: "\"\" (no class) and no volume is reserved for the claim".to_owned(),
+            fix: format!("name a class, or reserve a volume with claimRef {namespace}/{}", claim.name),
+        }),
+    }
+}
+
+fn resolve_class(name: Option<&str>, facts: &ClusterFacts) -> Result<Backing, Unresolved> {
+    let default = || default_class(&facts.storage_classes);
+    let Some(name) = name.or_else(default) else {
+        return Err(Unresolved {
+            found: "absent, and the cluster has no default class".to_owned(),
+            fix: "name a storage class of Ceph RBD".to_owned(),
+        });
+    };
+    match facts.storage_classes.get(name) {
+        Some(class) => Ok(Backing {
+            what: format!("class {name}"),
+            provisioner: class.provisioner.clone(),
+            reclaimed: class.reclaim_policy == "Delete",
+        }),
+        None => Err(Unresolved {
+            found: format!("{name}, which does not exist"),
+            fix: "name a storage class of Ceph RBD that exists (kubectl get storageclass)".to_owned(),
+        }),
+    }
+}
+
+fn resolve_volume(name: &str, facts: &ClusterFacts) -> Result<Backing, Unresolved> {
+    match facts.volumes.get(name) {
+        Some(volume) => Ok(Backing {
+            what: format!("volume {name}"),
+            provisioner: volume.driver.clone().unwrap_or_else(|| "no CSI driver".to_owned()),
+            reclaimed: volume.reclaim_policy == "Delete",
+        }),
+        None => Err(Unresolved {
+            found: format!("volume {name}, which does not exist"),
+            fix: "create the volume before the StatefulSet".to_owned(),
+        }),
+    }
+}
+
+/// The class that claims without one get: of several defaults the newest, and of equally new ones the first by name.
+fn default_class(classes: &BTreeMap<String, StorageClass>) -> Option<&str> {
+    let defaults = classes.iter().filter(|(_, class)| class.default);
+    defaults.rev().max_by(|a, b| a.1.created.cmp(&b.1.created)).map(|(name, _)| name.as_str())
+}
+
+/// The class that a claim or a template names.
+pub(super) fn class_named_by(claim: &Value) -> Option<String> {
+    let annotation = json::string(claim, &["metadata", "annotations", LEGACY_CLASS]);
+    annotation.or_else(|| json::string(claim, &["spec", "storageClassName"])).map(str::to_owned)
+}
+
+fn volume_named_by(claim: &Value) -> Option<String> {
+    json::string(claim, &["spec", "volumeName"]).filter(|name| !name.is_empty()).map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::Operation;
+    use serde_json::json;
+
+    fn class(provisioner: &str, default: bool, created: &str) -> StorageClass {
+        StorageClass {
+            provisioner: provisioner.to_owned(),
+            reclaim_policy: "Delete".to_owned(),
+            default,
+            created: created.to_owned(),
+        }
+    }
+
+    #[test]
+    fn the_newest_default_class_wins_and_then_the_name() {
+        let mut classes = BTreeMap::from([
+            ("a".to_owned(), class("a", true, "2026-01-01T00:00:00Z")),
+            ("b".to_owned(), class("b", true, "2026-02-01T00:00:00Z")),
+            ("c".to_owned(), class("c", true, "2026-02-01T00:00:00Z")),
+            ("d".to_owned(), class("d", false, "2026-03-01T00:00:00Z")),
+        ]);
+        assert_eq!(default_class(&classes), Some("b"));
+        classes.retain(|_, class| !class.default);
+        assert_eq!(default_class(&classes), None);
+    }
+
+    #[test]
+    fn the_legacy_annotation_wins_over_the_field() {
+        let claim =
+            json!({"metadata": {"annotations": {LEGACY_CLASS: "old"}}, "spec": {"storageClassName": "new"}});
+        assert_eq!(class_named_by(&claim).as_deref(), Some("old"));
+        assert_eq!(class_named_by(&json!({"spec": {"storageClassName": null}})), None);
+    }
+
+    #[test]
+    fn objects_of_the_api_server_are_read() {
+        let read = StorageClass::from_json(&json!({
+            "metadata": {"creationTimestamp": "2026-01-01T00:00:00Z", "annotations": {DEFAULT_CLASS_BETA: "true"}},
+            "provisioner": "rook-ceph.rbd.csi.ceph.com",
+        }));
+        assert_eq!(read, class("rook-ceph.rbd.csi.ceph.com", true, "2026-01-01T00:00:00Z"));
+        let volume = Volume::from_json(&json!({"spec": {
+            "csi": {"driver": "rbd.csi.ceph.com"},
+            "claimRef": {"namespace": "shop", "name": "data-pg-0"},
+        }}));
+        assert_eq!(volume.driver.as_deref(), Some("rbd.csi.ceph.com"));
+        assert_eq!(volume.reclaim_policy, "Retain");
+        assert_eq!(volume.claim, Some(("shop".to_owned(), "data-pg-0".to_owned())));
+    }
+
+    #[test]
+    fn only_what_has_to_be_looked_up_is_needed() {
+        let object = json!({
+            "metadata": {"name": "pg", "labels": {"howdah.dev/protect": "true"}},
+            "spec": {
+                "ordinals": {"start": 3},
+                "template": {"spec": {"volumes": [
+                    {"name": "inline", "persistentVolumeClaim": {"claimName": "by-hand"}},
+                    {"name": "data", "persistentVolumeClaim": {"claimName": "replaced by the template"}},
+                    {"name": "tmp", "emptyDir": {}},
+                ]}},
+                "volumeClaimTemplates": [
+                    {"metadata": {"name": "data"}, "spec": {"storageClassName": ""}},
+                    {"metadata": {"name": "wal"}, "spec": {"storageClassName": "", "volumeName": "pv-wal"}},
+                    {"metadata": {"name": "log"}, "spec": {"storageClassName": "rook-ceph-block"}},
+                ],
+            },
+        });
+        let request = |object| Request {
+            operation: Operation::Create,
+            target: Target::StatefulSet,
+            namespace: "shop",
+            name: "pg",
+            object: Some(object),
+            old_object: None,
+        };
+        let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
+        assert_eq!(
+            needed(&request(&object)),
+            Needed {
+                claims: set(&["by-hand", "data-pg-3"]),
+                volumes: set(&["pv-wal"]),
+                reserved_for: set(&["data-pg-3"]),
+            }
+        );
+        assert_eq!(needed(&request(&json!({"spec": object["spec"]}))), Needed::default());
+    }
+}

@@ -1,0 +1,117 @@
+//! `retention-policy`: the data outlives its StatefulSet.
+//!
+//! **Intent.** `kubectl scale --replicas=0` is how a database is stopped. With `whenScaled: Delete` it also deletes the
+//! claim, and with Rook's usual class the image with all its snapshots. `whenDeleted: Delete` does the same to
+//! `kubectl delete statefulset`, unless the class retains the volume.
+//!
+//! **Fields.** `spec.persistentVolumeClaimRetentionPolicy`, with the reclaim policy behind the claim templates.
+//!
+//! **Fix.** Retain for both, which is also the default.
+
+use serde_json::{Value, json};
+
+use super::claims::{data_claims, resolve};
+use super::{ClusterFacts, Filling, Finding, Refusal, Rule, Subject, Target, json as raw};
+
+/// The rule.
+pub const RULE: Rule = Rule {
+    id: "retention-policy",
+    intent: "Stopping or deleting the StatefulSet does not delete its data.",
+    fields: &[
+        "spec.persistentVolumeClaimRetentionPolicy.whenScaled",
+        "spec.persistentVolumeClaimRetentionPolicy.whenDeleted",
+    ],
+    fix: "set it to Retain, or leave it out",
+    targets: &[Target::StatefulSet],
+    refusal: Refusal::Policy,
+    check,
+    filling: Some(Filling { says: "Retain for both, where absent", fill }),
+};
+
+const POLICY: [&str; 2] = ["spec", "persistentVolumeClaimRetentionPolicy"];
+
+fn check(subject: &Subject<'_>) -> Vec<Finding> {
+    let Some(policy) = raw::at(subject.object, &POLICY) else { return Vec::new() };
+    let field = |name: &str| format!("{}.{name}", POLICY.join("."));
+    let mut findings = Vec::new();
+    if raw::string(policy, &["whenScaled"]) == Some("Delete") {
+        findings.push(Finding::new(field("whenScaled"), "Delete", "Retain"));
+    }
+    let deleted = raw::string(policy, &["whenDeleted"]) == Some("Delete");
+    if let Some(what) = deleted.then(|| reclaimed(subject)).flatten() {
+        findings.push(
+            Finding::new(field("whenDeleted"), format!("Delete, on {what}"), "Retain")
+                .fix("set it to Retain, or use a class with reclaimPolicy Retain"),
+        );
+    }
+    findings
+}
+
+/// The first claim whose data goes with it. What cannot be followed counts: the proof that it is safe is missing.
+fn reclaimed(subject: &Subject<'_>) -> Option<String> {
+    data_claims(subject.object).iter().filter(|claim| claim.is_templated()).find_map(|claim| {
+        match resolve(claim, subject.namespace, subject.facts) {
+            Ok(backing) => backing.reclaimed.then(|| format!("{}, which deletes the image", backing.what)),
+            Err(_) => Some(format!("claim {}, whose class is unknown", claim.name)),
+        }
+    })
+}
+
+fn fill(object: &mut Value, _: &ClusterFacts) {
+    let Some(policy) = raw::object_mut(object, &POLICY) else { return };
+    for name in ["whenDeleted", "whenScaled"] {
+        let value = policy.entry(name).or_insert(Value::Null);
+        if value.is_null() {
+            *value = json!("Retain");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::StorageClass;
+
+    fn fields(scaled: &str, deleted: &str, class: &str) -> Vec<String> {
+        let object = json!({"metadata": {"name": "pg"}, "spec": {
+            "persistentVolumeClaimRetentionPolicy": {"whenScaled": scaled, "whenDeleted": deleted},
+            "volumeClaimTemplates": [{"metadata": {"name": "data"}, "spec": {"storageClassName": class}}],
+        }});
+        let class = |reclaim_policy: &str| StorageClass {
+            provisioner: "rbd.csi.ceph.com".to_owned(),
+            reclaim_policy: reclaim_policy.to_owned(),
+            default: false,
+            created: String::new(),
+        };
+        let facts = ClusterFacts {
+            storage_classes: [("kept".to_owned(), class("Retain")), ("gone".to_owned(), class("Delete"))]
+                .into(),
+            ..ClusterFacts::default()
+        };
+        let today = jiff::civil::date(2026, 11, 22);
+        let findings = check(&Subject { object: &object, namespace: "shop", facts: &facts, today });
+        findings
+            .into_iter()
+            .map(|finding| finding.field.replace("spec.persistentVolumeClaimRetentionPolicy.", ""))
+            .collect()
+    }
+
+    #[test]
+    fn deletion_is_refused_where_it_reaches_the_image() {
+        assert!(fields("Retain", "Retain", "gone").is_empty());
+        assert_eq!(fields("Delete", "Retain", "kept"), ["whenScaled"]);
+        assert_eq!(fields("Retain", "Delete", "gone"), ["whenDeleted"]);
+        assert!(fields("Retain", "Delete", "kept").is_empty());
+        assert_eq!(fields("Retain", "Delete", "unknown"), ["whenDeleted"]);
+    }
+
+    #[test]
+    fn what_is_absent_is_filled_in() {
+        let mut object = json!({"spec": {"persistentVolumeClaimRetentionPolicy": {"whenScaled": "Delete"}}});
+        fill(&mut object, &ClusterFacts::default());
+        assert_eq!(
+            raw::at(&object, &POLICY),
+            Some(&json!({"whenScaled": "Delete", "whenDeleted": "Retain"}))
+        );
+    }
+}

@@ -1,0 +1,199 @@
+//! `storage-class`: the data is on Ceph RBD.
+//!
+//! **Intent.** Snapshots, fencing and restore work on RBD images. On any other storage howdah could not keep its
+//! promises, and would find that out during the first backup.
+//!
+//! **Fields.** The class of every claim template, and every claim the pod names, followed to the provisioner: through
+//! the default class, the legacy annotation, and volumes that exist already (by their CSI driver).
+//!
+//! **Fix.** Name a class whose provisioner is `rbd.csi.ceph.com` or `<operator namespace>.rbd.csi.ceph.com`.
+
+use serde_json::{Value, json};
+
+use super::claims::{class_named_by, data_claims, resolve};
+use super::{ClusterFacts, Filling, Finding, Refusal, Rule, Subject, Target, json as raw};
+
+/// The rule.
+pub const RULE: Rule = Rule {
+    id: "storage-class",
+    intent: "Every claim is on Ceph RBD, where it can be snapshotted, fenced and restored.",
+    fields: &[
+        "spec.volumeClaimTemplates[*].spec.storageClassName",
+        "spec.template.spec.volumes[*].persistentVolumeClaim.claimName",
+    ],
+    fix: "name a storage class of Ceph RBD, such as Rook's rook-ceph-block",
+    targets: &[Target::StatefulSet],
+    refusal: Refusal::Policy,
+    check,
+    filling: Some(Filling {
+        says: "the class that howdah is configured with, in claim templates that name none",
+        fill,
+    }),
+};
+
+/// ceph-csi's own driver name; Rook puts the namespace of its operator in front, with a dot.
+const RBD_DRIVER: &str = "rbd.csi.ceph.com";
+const WANTED: &str = "a class of Ceph RBD (provisioner rbd.csi.ceph.com or *.rbd.csi.ceph.com)";
+
+fn check(subject: &Subject<'_>) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for claim in data_claims(subject.object) {
+        match resolve(&claim, subject.namespace, subject.facts) {
+            Ok(backing) if is_rbd(&backing.provisioner) => {}
+            Ok(backing) => {
+                let found = format!("{} of {}", backing.what, backing.provisioner);
+                findings.push(Finding::new(claim.field, found, WANTED));
+            }
+            Err(unresolved) => {
+                findings.push(Finding::new(claim.field, unresolved.found, WANTED).fix(unresolved.fix));
+            }
+        }
+    }
+    findings
+}
+
+fn is_rbd(provisioner: &str) -> bool {
+    match provisioner.strip_suffix(RBD_DRIVER) {
+        Some(prefix) => prefix.is_empty() || (prefix.len() > 1 && prefix.ends_with('.')),
+        None => false,
+    }
+}
+
+fn fill(object: &mut Value, facts: &ClusterFacts) {
+    let Some(class) = &facts.config.storage_class else { return };
+    let Some(spec) = raw::object_mut(object, &["spec"]) else { return };
+    let templates = spec.get_mut("volumeClaimTemplates").and_then(Value::as_array_mut);
+    for template in templates.into_iter().flatten() {
+        if class_named_by(template).is_none() {
+            raw::set(template, &["spec"], "storageClassName", json!(class));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::{Claim, StorageClass, Volume};
+
+    fn facts() -> ClusterFacts {
+        let class = |provisioner: &str, default: bool, created: &str| StorageClass {
+            provisioner: provisioner.to_owned(),
+            reclaim_policy: "Delete".to_owned(),
+            default,
+            created: created.to_owned(),
+        };
+        let volume = |driver: Option<&str>, claim: Option<(&str, &str)>| Volume {
+            driver: driver.map(str::to_owned),
+            reclaim_policy: "Retain".to_owned(),
+            claim: claim.map(|(space, name)| (space.to_owned(), name.to_owned())),
+        };
+        let claim = |storage_class: Option<&str>, volume: Option<&str>| Claim {
+            storage_class: storage_class.map(str::to_owned),
+            volume: volume.map(str::to_owned),
+        };
+        ClusterFacts {
+            storage_classes: [
+                ("rbd".to_owned(), class("rook-ceph.rbd.csi.ceph.com", false, "2026-01-01T00:00:00Z")),
+                ("local".to_owned(), class("rancher.io/local-path", true, "2026-01-01T00:00:00Z")),
+            ]
+            .into(),
+            claims: [
+                ("on-rbd".to_owned(), claim(Some("local"), Some("pv-rbd"))),
+                ("on-nfs".to_owned(), claim(Some("rbd"), Some("pv-nfs"))),
+                ("pending".to_owned(), claim(Some("rbd"), None)),
+                ("floating".to_owned(), claim(Some(""), None)),
+            ]
+            .into(),
+            volumes: [
+                ("pv-rbd".to_owned(), volume(Some("rbd.csi.ceph.com"), None)),
+                ("pv-nfs".to_owned(), volume(None, None)),
+                ("pv-reserved".to_owned(), volume(Some("rbd.csi.ceph.com"), Some(("shop", "data-pg-0")))),
+                ("pv-other".to_owned(), volume(None, Some(("other", "data-pg-0")))),
+            ]
+            .into(),
+            ..ClusterFacts::default()
+        }
+    }
+
+    fn found(spec: Value, facts: &ClusterFacts) -> Vec<String> {
+        let object = json!({"metadata": {"name": "pg"}, "spec": spec});
+        let today = jiff::civil::date(2026, 11, 22);
+        let findings = check(&Subject { object: &object, namespace: "shop", facts, today });
+        findings.into_iter().map(|finding| finding.found).collect()
+    }
+
+    fn of_template(spec: Value, facts: &ClusterFacts) -> Vec<String> {
+        found(json!({"volumeClaimTemplates": [{"metadata": {"name": "data"}, "spec": spec}]}), facts)
+    }
+
+    fn of_claim(name: &str) -> Vec<String> {
+        let volumes = json!([{"name": "data", "persistentVolumeClaim": {"claimName": name}}]);
+        found(json!({"template": {"spec": {"volumes": volumes}}}), &facts())
+    }
+
+    #[test]
+    fn drivers_of_ceph_rbd_are_known_by_their_name() {
+        for good in ["rbd.csi.ceph.com", "rook-ceph.rbd.csi.ceph.com", "a.b.rbd.csi.ceph.com"] {
+            assert!(is_rbd(good), "{good}");
+        }
+        for bad in
+            ["", ".rbd.csi.ceph.com", "notrbd.csi.ceph.com", "rbd.csi.ceph.com.evil", "cephfs.csi.ceph.com"]
+        {
+            assert!(!is_rbd(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_class_is_followed_to_its_provisioner() {
+        assert!(of_template(json!({"storageClassName": "rbd"}), &facts()).is_empty());
+        let local = ["class local of rancher.io/local-path"];
+        assert_eq!(of_template(json!({"storageClassName": "local"}), &facts()), local);
+        assert_eq!(of_template(json!({}), &facts()), local, "the default class");
+        assert_eq!(
+            of_template(json!({"storageClassName": "none"}), &facts()),
+            ["none, which does not exist"]
+        );
+    }
+
+    #[test]
+    fn no_class_at_all_is_refused() {
+        let mut facts = facts();
+        facts.storage_classes.remove("local");
+        assert_eq!(of_template(json!({}), &facts), ["absent, and the cluster has no default class"]);
+    }
+
+    #[test]
+    fn a_volume_that_exists_already_is_known_by_its_driver() {
+        assert!(of_template(json!({"storageClassName": "", "volumeName": "pv-rbd"}), &facts()).is_empty());
+        let nfs = ["volume pv-nfs of no CSI driver"];
+        assert_eq!(of_template(json!({"storageClassName": "rbd", "volumeName": "pv-nfs"}), &facts()), nfs);
+        assert!(of_template(json!({"storageClassName": ""}), &facts()).is_empty(), "the reserved one");
+        let mut unreserved = facts();
+        unreserved.volumes.remove("pv-reserved");
+        assert_eq!(of_template(json!({"storageClassName": ""}), &unreserved).len(), 1);
+    }
+
+    #[test]
+    fn a_claim_the_pod_names_is_followed() {
+        assert!(of_claim("on-rbd").is_empty(), "what it is bound to counts, not what it once asked for");
+        assert!(of_claim("pending").is_empty());
+        assert_eq!(of_claim("on-nfs"), ["volume pv-nfs of no CSI driver"]);
+        assert_eq!(of_claim("floating").len(), 1);
+        assert_eq!(of_claim("missing"), ["missing, which does not exist"]);
+    }
+
+    #[test]
+    fn the_configured_class_goes_where_none_is_named() {
+        let mut facts = facts();
+        facts.config.storage_class = Some("rbd".to_owned());
+        let mut object = json!({"spec": {"volumeClaimTemplates": [
+            {"spec": {}}, {"spec": {"storageClassName": ""}}, {"spec": {"storageClassName": "local"}},
+        ]}});
+        fill(&mut object, &facts);
+        let classes: Vec<&Value> = raw::list(&object, &["spec", "volumeClaimTemplates"])
+            .iter()
+            .map(|template| &template["spec"]["storageClassName"])
+            .collect();
+        assert_eq!(classes, ["rbd", "", "local"]);
+    }
+}

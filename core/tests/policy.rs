@@ -1,0 +1,401 @@
+//! The policy on its fixtures, and what holds for every input.
+
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test panics on what it did not expect")]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use howdah_core::policy::{
+    Claim, ClusterFacts, Config, Effect, Operation, RULES, Request, StorageClass, Target, Verdict, Volume,
+    mutate, validate,
+};
+use jiff::Timestamp;
+use proptest::prelude::*;
+use serde::Deserialize as _;
+use serde_json::{Value, json};
+
+const NAMESPACE: &str = "fixtures";
+
+fn now() -> Timestamp {
+    "2026-11-22T12:00:00Z".parse().unwrap()
+}
+
+fn documents(text: &str) -> Vec<Value> {
+    let text = text.replace("NAMESPACE", NAMESPACE);
+    serde_yaml_ng::Deserializer::from_str(&text).map(|doc| Value::deserialize(doc).unwrap()).collect()
+}
+
+fn add_fact(facts: &mut ClusterFacts, object: &Value) {
+    let name = object["metadata"]["name"].as_str().unwrap().to_owned();
+    match object["kind"].as_str().unwrap() {
+        "StorageClass" => drop(facts.storage_classes.insert(name, StorageClass::from_json(object))),
+        "PersistentVolume" => drop(facts.volumes.insert(name, Volume::from_json(object))),
+        "PersistentVolumeClaim" => drop(facts.claims.insert(name, Claim::from_json(object))),
+        other => panic!("{other} is no fact"),
+    }
+}
+
+/// The value after `# key:` in the comments at the top.
+fn header<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+    text.lines()
+        .take_while(|line| line.starts_with('#'))
+        .find_map(|line| line.strip_prefix("# ")?.strip_prefix(key)?.strip_prefix(": "))
+}
+
+/// One request, mutated and then judged, as the API server does it.
+fn admit(facts: &ClusterFacts, old: Option<&Value>, new: &Value) -> (Value, Verdict) {
+    let target = if new["kind"] == "Scale" { Target::Scale } else { Target::StatefulSet };
+    let mut facts = facts.clone();
+    let mut old = old.cloned();
+    if target == Target::Scale {
+        facts.parent = old.replace(json!({"spec": {"replicas": 1}}));
+    }
+    let name = new["metadata"]["name"].as_str().unwrap_or_default();
+    let operation = if old.is_some() { Operation::Update } else { Operation::Create };
+    let request = Request {
+        operation,
+        target,
+        namespace: NAMESPACE,
+        name,
+        object: Some(new),
+        old_object: old.as_ref(),
+    };
+    let mut mutated = new.clone();
+    if let Some(patch) = mutate(&request, &facts, now()).patch {
+        json_patch::patch(&mut mutated, &patch).expect("a patch of ours applies");
+    }
+    let verdict = validate(&Request { object: Some(&mutated), ..request }, &facts, now());
+    (mutated, verdict)
+}
+
+/// Plays a fixture and returns the last object and the last verdict.
+fn play(text: &str) -> (Value, Verdict) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+    let mut facts = ClusterFacts::default();
+    facts.config =
+        Config { storage_class: header(text, "configured-class").map(str::to_owned), ..facts.config };
+    for class in documents(&std::fs::read_to_string(root.join("classes.yaml")).unwrap()) {
+        add_fact(&mut facts, &class);
+    }
+    let mut last: Option<(Value, Verdict)> = None;
+    for document in documents(text) {
+        if !["StatefulSet", "Scale"].contains(&document["kind"].as_str().unwrap()) {
+            add_fact(&mut facts, &document);
+            continue;
+        }
+        let before = last.take().map(|(object, verdict)| {
+            assert!(verdict.allowed, "a step before the last is denied: {}", verdict.message);
+            object
+        });
+        let merges = document["kind"] == "StatefulSet" && header(text, "then") != Some("replace");
+        let mut after = document;
+        if let Some(before) = before.as_ref().filter(|_| merges) {
+            let change = std::mem::replace(&mut after, before.clone());
+            json_patch::merge(&mut after, &change);
+        }
+        last = Some(admit(&facts, before.as_ref(), &after));
+    }
+    last.expect("a fixture has a StatefulSet")
+}
+
+/// Whether every field of `part` stands in `whole`; null means absent.
+fn assert_part(whole: &Value, part: &Value, path: &str) {
+    match part {
+        Value::Object(fields) => {
+            for (key, value) in fields {
+                assert_part(&whole[key], value, &format!("{path}.{key}"));
+            }
+        }
+        Value::Array(items) => {
+            assert_eq!(whole.as_array().map(Vec::len), Some(items.len()), "{path}");
+            for (i, item) in items.iter().enumerate() {
+                assert_part(&whole[i], item, &format!("{path}[{i}]"));
+            }
+        }
+        _ => assert_eq!(whole, part, "{path}"),
+    }
+}
+
+fn fixtures(rule: &str) -> BTreeMap<String, PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(rule);
+    std::fs::read_dir(&folder)
+        .unwrap_or_else(|error| panic!("{} needs a folder: {error}", folder.display()))
+        .map(|entry| entry.unwrap().path())
+        .map(|path| (path.file_name().unwrap().to_str().unwrap().to_owned(), path))
+        .collect()
+}
+
+#[test]
+fn fixtures_are_judged_as_their_names_say() {
+    for rule in &RULES {
+        let fixtures = fixtures(rule.id);
+        for kind in ["allow-", "deny-"] {
+            assert!(fixtures.keys().any(|name| name.starts_with(kind)), "{} has no {kind}fixture", rule.id);
+        }
+        for (name, path) in &fixtures {
+            println!("{}/{name}", rule.id);
+            if name.starts_with("mutate-") {
+                let read = |file| std::fs::read_to_string(path.join(file)).unwrap();
+                let (object, verdict) = play(&read("in.yaml"));
+                assert!(verdict.allowed, "{}", verdict.message);
+                assert_part(&object, &documents(&read("out.yaml"))[0], "");
+                continue;
+            }
+            let text = std::fs::read_to_string(path).unwrap();
+            let (_, verdict) = play(&text);
+            assert_eq!(verdict.allowed, name.starts_with("allow-"), "{}", verdict.message);
+            if let Some(said) = header(&text, "says") {
+                assert!(verdict.message.contains(said), "{}", verdict.message);
+            }
+            if let Some(warned) = header(&text, "warns") {
+                assert!(
+                    verdict.warnings.iter().any(|warning| warning.contains(warned)),
+                    "{:?}",
+                    verdict.warnings
+                );
+            }
+            if verdict.allowed {
+                continue;
+            }
+            assert!(verdict.causes.iter().all(|cause| cause.rule == rule.id), "{}", verdict.message);
+            for outcome in verdict.outcomes.iter().filter(|outcome| outcome.effect == Effect::Deny) {
+                for part in
+                    [outcome.rule.id, &outcome.finding.field, &outcome.finding.wanted, "fix: ", "exempt: "]
+                {
+                    assert!(verdict.message.contains(part), "{part:?} is missing in {}", verdict.message);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_fixture_folder_belongs_to_a_rule() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+    for entry in std::fs::read_dir(folder).unwrap().map(Result::unwrap) {
+        let name = entry.file_name().into_string().unwrap();
+        assert!(entry.path().is_file() || RULES.iter().any(|rule| rule.id == name), "{name}");
+    }
+}
+
+/// Something of an unexpected shape.
+fn junk() -> impl Strategy<Value = Value> {
+    prop_oneof![
+        Just(Value::Null),
+        Just(json!([])),
+        Just(json!({})),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        "[a-z]{0,3}".prop_map(Value::from),
+        Just(json!({"unknown": [1, {"a": null}]})),
+    ]
+}
+
+/// Mostly one of `values`, sometimes junk.
+fn mostly(values: Vec<Value>) -> impl Strategy<Value = Value> {
+    prop_oneof![9 => proptest::sample::select(values), 1 => junk()]
+}
+
+/// The object with these fields, each of them sometimes left out.
+fn object(fields: Vec<(&'static str, BoxedStrategy<Value>)>) -> BoxedStrategy<Value> {
+    let fields: Vec<_> = fields
+        .into_iter()
+        .map(|(key, value)| proptest::option::weighted(0.8, value).prop_map(move |value| (key, value)))
+        .collect();
+    fields
+        .prop_map(|fields| {
+            Value::Object(fields.into_iter().filter_map(|(k, v)| Some((k.to_owned(), v?))).collect())
+        })
+        .boxed()
+}
+
+fn labels() -> BoxedStrategy<Value> {
+    mostly(vec![json!({"app": "pg"}), json!({"app": "pg", "howdah.dev/protect": "true"}), json!({})]).boxed()
+}
+
+fn anti_affinity() -> BoxedStrategy<Value> {
+    let by_label = json!({"topologyKey": "kubernetes.io/hostname",
+                          "labelSelector": {"matchLabels": {"howdah.dev/protect": "true"}}});
+    let by_app =
+        json!({"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": {"app": "pg"}}});
+    let preferred = |term: &Value| json!([{"weight": 1, "podAffinityTerm": term}]);
+    let terms = mostly(vec![json!([]), json!([by_label]), json!([by_app])]).boxed();
+    let weighted = mostly(vec![json!([]), preferred(&by_label), preferred(&by_app)]).boxed();
+    object(vec![
+        ("requiredDuringSchedulingIgnoredDuringExecution", terms),
+        ("preferredDuringSchedulingIgnoredDuringExecution", weighted),
+        ("unknown", junk().boxed()),
+    ])
+}
+
+/// A StatefulSet, often a sensible one, with unknown fields everywhere.
+fn stateful_set() -> BoxedStrategy<Value> {
+    let grace = || mostly([0, 5, 29, 30, 31, 300].map(Value::from).to_vec()).boxed();
+    let probe = object(vec![("terminationGracePeriodSeconds", grace())]);
+    let container = object(vec![("name", Just(json!("pg")).boxed()), ("livenessProbe", probe)]);
+    let pod = object(vec![
+        ("terminationGracePeriodSeconds", grace()),
+        ("affinity", object(vec![("podAntiAffinity", anti_affinity()), ("unknown", junk().boxed())])),
+        ("containers", container.prop_map(|container| json!([container])).boxed()),
+        (
+            "volumes",
+            mostly(vec![json!([{"name": "v", "persistentVolumeClaim": {"claimName": "c"}}])]).boxed(),
+        ),
+        ("unknown", junk().boxed()),
+    ]);
+    let template_metadata = object(vec![("labels", labels()), ("unknown", junk().boxed())]);
+    let claim = object(vec![
+        ("metadata", object(vec![("name", Just(json!("data")).boxed()), ("labels", labels())])),
+        (
+            "spec",
+            object(vec![
+                (
+                    "storageClassName",
+                    mostly(vec![json!("rbd"), json!(""), json!("local"), Value::Null]).boxed(),
+                ),
+                ("unknown", junk().boxed()),
+            ]),
+        ),
+    ]);
+    let retention = object(vec![
+        ("whenScaled", mostly(vec![json!("Retain"), json!("Delete")]).boxed()),
+        ("whenDeleted", mostly(vec![json!("Retain"), json!("Delete")]).boxed()),
+    ]);
+    let annotations = mostly(vec![
+        json!({}),
+        json!({"howdah.dev/mode": "warn"}),
+        json!({"howdah.dev/mode": "audit"}),
+        json!({"howdah.dev/mode": "nonsense"}),
+        json!({"howdah.dev/exempt.grace-period": "until=2027-01-31 reason=legacy image"}),
+    ]);
+    object(vec![
+        (
+            "metadata",
+            object(vec![
+                ("name", Just(json!("pg")).boxed()),
+                ("labels", Just(json!({"howdah.dev/protect": "true"})).boxed()),
+                ("annotations", annotations.boxed()),
+            ]),
+        ),
+        (
+            "spec",
+            object(vec![
+                ("replicas", mostly(vec![json!(0), json!(1), json!(2)]).boxed()),
+                ("template", object(vec![("metadata", template_metadata), ("spec", pod)])),
+                (
+                    "volumeClaimTemplates",
+                    proptest::collection::vec(claim, 0..3).prop_map(Value::from).boxed(),
+                ),
+                ("persistentVolumeClaimRetentionPolicy", retention),
+                ("unknown", junk().boxed()),
+            ]),
+        ),
+        ("unknown", junk().boxed()),
+    ])
+}
+
+fn facts() -> ClusterFacts {
+    let class = |provisioner: &str| StorageClass {
+        provisioner: provisioner.to_owned(),
+        reclaim_policy: "Delete".to_owned(),
+        default: false,
+        created: String::new(),
+    };
+    ClusterFacts {
+        storage_classes: [
+            ("rbd".to_owned(), class("rook-ceph.rbd.csi.ceph.com")),
+            ("local".to_owned(), class("rancher.io/local-path")),
+        ]
+        .into(),
+        config: Config { storage_class: Some("rbd".to_owned()), ..Config::default() },
+        ..ClusterFacts::default()
+    }
+}
+
+fn request<'a>(old: Option<&'a Value>, new: &'a Value) -> Request<'a> {
+    let operation = if old.is_some() { Operation::Update } else { Operation::Create };
+    Request {
+        operation,
+        target: Target::StatefulSet,
+        namespace: "n",
+        name: "pg",
+        object: Some(new),
+        old_object: old,
+    }
+}
+
+/// Checks that everything in `before` is still in `after`, apart from what `may_change`.
+fn assert_survives(before: &Value, after: &Value, path: &str) -> Result<(), TestCaseError> {
+    const MAY_CHANGE: [&str; 4] =
+        ["terminationGracePeriodSeconds", "howdah.dev/protect", "storageClassName", "whenScaled"];
+    match (before, after) {
+        (Value::Null, _) => {}
+        (Value::Object(fields), Value::Object(_)) => {
+            for (key, value) in fields.iter().filter(|(key, _)| !MAY_CHANGE.contains(&key.as_str())) {
+                assert_survives(value, &after[key], &format!("{path}/{key}"))?;
+            }
+        }
+        (Value::Array(items), Value::Array(_)) => {
+            for (i, item) in items.iter().enumerate() {
+                assert_survives(item, &after[i], &format!("{path}/{i}"))?;
+            }
+        }
+        _ => prop_assert_eq!(before, after, "{}", path),
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn defaults_are_idempotent_and_lose_nothing(object in stateful_set()) {
+        let mut mutated = object.clone();
+        if let Some(patch) = mutate(&request(None, &object), &facts(), now()).patch {
+            json_patch::patch(&mut mutated, &patch).unwrap();
+        }
+        prop_assert!(mutate(&request(None, &mutated), &facts(), now()).patch.is_none());
+        assert_survives(&object, &mutated, "")?;
+    }
+
+    #[test]
+    fn what_howdah_filled_in_is_never_denied(object in stateful_set()) {
+        let mut mutated = object.clone();
+        if let Some(patch) = mutate(&request(None, &object), &facts(), now()).patch {
+            json_patch::patch(&mut mutated, &patch).unwrap();
+        }
+        let before = validate(&request(None, &object), &facts(), now());
+        let after = validate(&request(None, &mutated), &facts(), now());
+        for outcome in &after.outcomes {
+            let known = before.outcomes.iter().any(|known| known.finding.field == outcome.finding.field
+                && known.rule.id == outcome.rule.id);
+            prop_assert!(known, "new after the defaults: {:?}", outcome.finding);
+        }
+    }
+
+    #[test]
+    fn a_change_never_gets_a_patch_of_the_pod_template(old in stateful_set(), new in stateful_set()) {
+        let patch = mutate(&request(Some(&old), &new), &facts(), now()).patch.unwrap_or_default();
+        for operation in &patch.0 {
+            let path = operation.path().to_string();
+            prop_assert!(path.starts_with("/spec/volumeClaimTemplates/"), "{path}");
+        }
+        let mut mutated = new.clone();
+        json_patch::patch(&mut mutated, &patch).unwrap();
+        prop_assert!(mutate(&request(Some(&old), &mutated), &facts(), now()).patch.is_none());
+    }
+
+    #[test]
+    fn an_unchanged_object_is_only_denied_for_nothing(object in stateful_set()) {
+        let verdict = validate(&request(Some(&object), &object), &facts(), now());
+        prop_assert!(verdict.allowed, "{}", verdict.message);
+    }
+
+    #[test]
+    fn an_answer_is_short_and_complete(object in stateful_set()) {
+        let verdict = validate(&request(None, &object), &facts(), now());
+        prop_assert_eq!(verdict.allowed, verdict.causes.is_empty());
+        prop_assert!(verdict.allowed || [403, 422].contains(&verdict.code));
+        prop_assert!(verdict.warnings.iter().all(|warning| warning.chars().count() <= 120));
+    }
+}
