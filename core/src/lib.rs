@@ -8,3 +8,4 @@ pub mod names;
 pub mod policy;
 pub mod retention;
 pub mod schedule;
+pub mod volume;

@@ -115,6 +115,7 @@ pub struct BackupStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retry_at: Option<Timestamp>,
     /// How often the current phase was tried again.
+    #[serde(skip_serializing_if = "is_zero")]
     pub phase_retries: u32,
     /// What was done, in order.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -155,9 +156,13 @@ pub struct BackupStatus {
     /// Things worth knowing about the backup.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
-    /// What failed last; it stays after a later attempt succeeded.
+    /// What failed in the last attempt; absent once an attempt succeeded.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,
+}
+
+fn is_zero(n: &u32) -> bool {
+    *n == 0
 }
 
 /// One entry of the journal.
@@ -176,6 +181,9 @@ pub struct StepRecord {
     /// How it ended; absent while it runs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub outcome: Option<StepOutcome>,
+    /// What went wrong.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
 }
 
 /// How a step ended.

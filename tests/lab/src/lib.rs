@@ -1,1 +1,17 @@
-//! howdah lab.
+//! The lab: a real Kubernetes control plane, a real Ceph and virtual-machine nodes on one machine, inside a
+//! network namespace and a directory of their own; and what the tests that run in it share.
+
+pub mod args;
+pub mod cache;
+pub mod control_plane;
+pub mod down;
+pub mod forward;
+pub mod lab;
+pub mod mounts;
+pub mod netns;
+pub mod pki;
+pub mod process;
+pub mod progress;
+pub mod requirements;
+pub mod status;
+pub mod up;

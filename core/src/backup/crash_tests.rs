@@ -1,0 +1,466 @@
+//! Runs whole backups against a small model of Ceph and PostgreSQL, killing the process at every point.
+
+use std::collections::{BTreeSet, VecDeque};
+
+use proptest::prelude::*;
+
+use super::*;
+
+const NAME: &str = "howdah-20261122T030000Z";
+
+fn slot() -> Timestamp {
+    "2026-11-22T03:00:00Z".parse().unwrap()
+}
+
+fn order(wanted: WantedConsistency) -> Order {
+    Order { slot: slot(), trigger: Trigger::Schedule, wanted, deadline: slot() + DEADLINE }
+}
+
+fn image() -> ImageRecord {
+    ImageRecord {
+        pool: "replicapool".to_owned(),
+        rados_namespace: String::new(),
+        name: "csi-vol-1".to_owned(),
+        id: "1a2b".to_owned(),
+    }
+}
+
+fn transient() -> Problem {
+    Problem::new(FailureKind::Transient, "the world said no", "ask again")
+}
+
+/// What survives the death of the scheduler, and the session, which does not.
+#[derive(Clone)]
+struct World {
+    snapshots: BTreeSet<String>,
+    catalogue: BTreeSet<String>,
+    session: bool,
+    backup_mode: bool,
+    now: Timestamp,
+    running: bool,
+    absent: Option<Problem>,
+    /// Effects still to fail, by their order; `true` fails, and for a snapshot the answer alone is lost.
+    script: VecDeque<bool>,
+}
+
+impl World {
+    fn new() -> Self {
+        Self {
+            // Another backup and somebody else's snapshot: neither may ever be touched.
+            snapshots: ["howdah-20261121T030000Z", "before-upgrade"].map(str::to_owned).into(),
+            catalogue: BTreeSet::new(),
+            session: false,
+            backup_mode: false,
+            now: slot(),
+            running: true,
+            absent: None,
+            script: VecDeque::new(),
+        }
+    }
+
+    fn die(&mut self) {
+        self.session = false;
+        self.backup_mode = false;
+    }
+
+    fn perform(&mut self, effect: &Effect) -> Option<Event> {
+        self.now += SignedDuration::from_secs(1);
+        let fails = match effect {
+            Effect::AbandonBackupMode | Effect::Announce | Effect::Wait { .. } => false,
+            _ => self.script.pop_front().unwrap_or(false),
+        };
+        Some(match effect {
+            Effect::AbandonBackupMode => {
+                self.die();
+                return None;
+            }
+            Effect::Announce => return None,
+            Effect::Wait { until } => {
+                self.now = self.now.max(*until);
+                Event::RetryDue
+            }
+            Effect::Preflight => {
+                if fails {
+                    return Some(Event::Failed(transient()));
+                }
+                let session = match &self.absent {
+                    Some(problem) => Session::Absent(problem.clone()),
+                    None => Session::Open { version: "15.8".to_owned(), system_identifier: "7".to_owned() },
+                };
+                self.session = self.running && self.absent.is_none();
+                let database = if self.running {
+                    Database::Running { pod: "pg-0".to_owned(), node: "node-1".to_owned(), session }
+                } else {
+                    Database::Stopped
+                };
+                let name_taken = self.snapshots.contains(NAME);
+                Event::PreflightPassed(Box::new(Facts { image: image(), snapshots: 1, name_taken, database }))
+            }
+            Effect::StartBackupMode { .. } => {
+                assert!(self.session, "backup mode needs the session of the preflight");
+                // The answer may be lost after PostgreSQL did it.
+                self.backup_mode = true;
+                if fails {
+                    return Some(Event::Failed(transient()));
+                }
+                Event::BackupModeStarted { lsn: "0/2000028".to_owned(), timeline: Some(1) }
+            }
+            Effect::TakeSnapshot { name } => {
+                self.snapshots.insert(name.clone());
+                if fails {
+                    return Some(Event::Failed(transient()));
+                }
+                Event::SnapshotTaken(SnapshotRecord { name: name.clone(), id: 4, size: 1 << 30 })
+            }
+            Effect::FindSnapshot { name } => {
+                if fails {
+                    return Some(Event::Failed(transient()));
+                }
+                if !self.snapshots.contains(name) {
+                    return Some(Event::SnapshotMissing);
+                }
+                Event::SnapshotTaken(SnapshotRecord { name: name.clone(), id: 4, size: 1 << 30 })
+            }
+            Effect::StopBackupMode => {
+                assert!(self.backup_mode, "only a session in backup mode is stopped");
+                if fails {
+                    return Some(Event::Failed(transient()));
+                }
+                self.die();
+                Event::BackupModeStopped {
+                    lsn: "0/2000100".to_owned(),
+                    label: "START WAL LOCATION: 0/2000028".to_owned(),
+                    spcmap: String::new(),
+                }
+            }
+            Effect::Record => {
+                if fails {
+                    return Some(Event::Failed(transient()));
+                }
+                self.catalogue.insert(NAME.to_owned());
+                Event::Recorded
+            }
+            Effect::Prune => {
+                if fails {
+                    return Some(Event::Failed(transient()));
+                }
+                Event::Pruned
+            }
+            Effect::RemoveSnapshot { name } => {
+                assert_eq!(name, NAME, "only its own snapshot is removed");
+                if fails {
+                    return Some(Event::Failed(transient()));
+                }
+                self.snapshots.remove(name);
+                Event::Undone
+            }
+        })
+    }
+}
+
+/// Where the process dies, counted in effects: before the effect was performed, or after it but before its event
+/// was written down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Death {
+    Before(usize),
+    After(usize),
+}
+
+/// Runs to the end, dying at each of `deaths`; returns the final status and the number of effects performed.
+fn run(order: &Order, world: &mut World, deaths: &[Death]) -> (BackupStatus, usize) {
+    let mut written = BackupStatus::default();
+    let mut event = Event::Resumed;
+    let mut performed = 0;
+    // Far above what any run needs; reaching it means the machine does not end.
+    for _ in 0..10_000 {
+        let (status, effects) = next(order, &written, event, world.now).unwrap();
+        // What is read after a restart went through JSON.
+        written = serde_json::from_str(&serde_json::to_string(&status).unwrap()).unwrap();
+        let mut answer = None;
+        let mut died = false;
+        for effect in &effects {
+            if deaths.contains(&Death::Before(performed)) {
+                performed += 1;
+                died = true;
+                break;
+            }
+            answer = world.perform(effect);
+            performed += 1;
+            if deaths.contains(&Death::After(performed - 1)) {
+                died = true;
+                break;
+            }
+        }
+        if died {
+            world.die();
+            event = Event::Resumed;
+            continue;
+        }
+        match answer {
+            Some(next_event) => event = next_event,
+            None => {
+                assert!(written.phase.is_terminal(), "{:?} has no way on", written.phase);
+                return (written, performed);
+            }
+        }
+    }
+    panic!("the operation does not end");
+}
+
+/// What must hold whatever happened.
+fn check(status: &BackupStatus, world: &World) {
+    assert!(!world.backup_mode && !world.session, "backup mode is left on in {:?}", status.phase);
+    assert!(
+        world.snapshots.contains("before-upgrade") && world.snapshots.contains("howdah-20261121T030000Z")
+    );
+    match status.phase {
+        Phase::Taken => {
+            assert!(world.snapshots.contains(NAME), "taken, but there is no snapshot");
+            assert_eq!(status.snapshot.as_ref().unwrap().name, NAME);
+            assert!(status.failure.is_none());
+            let online = status.consistency == Some(Consistency::Online);
+            assert_eq!(online, status.stop_lsn.is_some() && status.label.is_some());
+        }
+        Phase::Failed => {
+            assert!(!world.snapshots.contains(NAME), "a failed backup left its snapshot");
+            let failure = status.failure.as_ref().unwrap();
+            assert!(!failure.reason.is_empty() && !failure.cure.is_empty());
+            assert!(status.snapshot.is_none() && status.consistency.is_none());
+        }
+        Phase::Stuck => assert!(status.failure.as_ref().unwrap().cure.contains(NAME)),
+        other => panic!("{other:?} is no end"),
+    }
+    assert!(status.finished_at.is_some());
+    assert!(status.steps.iter().all(|step| step.outcome.is_some() && step.took_ms.is_some()));
+}
+
+const EXPLICIT_ONLINE: WantedConsistency = WantedConsistency::Explicit(Consistency::Online);
+
+#[test]
+fn an_online_backup_goes_through_its_phases() {
+    let mut world = World::new();
+    let (status, _) = run(&order(WantedConsistency::Default), &mut world, &[]);
+    check(&status, &world);
+    let phases: Vec<Phase> = status.steps.iter().map(|step| step.phase).collect();
+    assert_eq!(
+        phases,
+        [
+            Phase::Preflight,
+            Phase::StartingBackupMode,
+            Phase::Snapshotting,
+            Phase::StoppingBackupMode,
+            Phase::Recording,
+            Phase::Pruning
+        ]
+    );
+    assert_eq!(status.consistency, Some(Consistency::Online));
+    assert_eq!(status.start_lsn.as_deref(), Some("0/2000028"));
+    assert_eq!(status.system_identifier.as_deref(), Some("7"));
+    assert!(world.catalogue.contains(NAME));
+}
+
+#[test]
+fn a_death_at_any_point_ends_in_the_same_good_backup() {
+    let stopped = World { running: false, ..World::new() };
+    let credentials = Problem::new(FailureKind::Credentials, "no Secret", "make one");
+    let locked_out = World { absent: Some(credentials), ..World::new() };
+    for (world, wanted) in [
+        (World::new(), WantedConsistency::Default),
+        (World::new(), EXPLICIT_ONLINE),
+        (World::new(), WantedConsistency::Explicit(Consistency::Crash)),
+        (stopped, WantedConsistency::Default),
+        (locked_out, WantedConsistency::Default),
+    ] {
+        let order = order(wanted);
+        let (_, effects) = run(&order, &mut world.clone(), &[]);
+        for at in 0..effects {
+            for death in [Death::Before(at), Death::After(at)] {
+                let mut world = world.clone();
+                let (status, _) = run(&order, &mut world, &[death]);
+                check(&status, &world);
+                assert_eq!(status.phase, Phase::Taken, "{wanted:?} {death:?}");
+                assert!(world.catalogue.contains(NAME));
+                if wanted == EXPLICIT_ONLINE {
+                    assert_eq!(status.consistency, Some(Consistency::Online), "{death:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_failure_at_any_point_is_undone_and_tried_again() {
+    for wanted in [WantedConsistency::Default, EXPLICIT_ONLINE] {
+        for failing in 0..6 {
+            let mut world = World::new();
+            world.script = (0..=failing).map(|i| i == failing).collect();
+            let (status, _) = run(&order(wanted), &mut world, &[]);
+            check(&status, &world);
+            assert_eq!(status.phase, Phase::Taken, "{wanted:?} {failing}");
+        }
+    }
+}
+
+#[test]
+fn without_credentials_the_class_is_crash_and_a_condition_says_why() {
+    let mut world = World::new();
+    world.absent =
+        Some(Problem::new(FailureKind::Credentials, "no Secret pg-backup", "kubectl create secret"));
+    let (status, _) = run(&order(WantedConsistency::Default), &mut world, &[]);
+    assert_eq!((status.phase, status.consistency), (Phase::Taken, Some(Consistency::Crash)));
+    let condition = status.conditions.iter().find(|condition| condition.kind == CONDITION_ONLINE).unwrap();
+    assert_eq!((condition.status.as_str(), condition.reason.as_str()), ("False", "CredentialsMissing"));
+    assert!(condition.message.contains("kubectl create secret"));
+}
+
+#[test]
+fn an_explicit_online_fails_instead_of_downgrading() {
+    let mut world = World::new();
+    world.absent = Some(Problem::new(FailureKind::Credentials, "no Secret", "make one"));
+    let (status, _) = run(&order(EXPLICIT_ONLINE), &mut world, &[]);
+    check(&status, &world);
+    assert_eq!(status.phase, Phase::Failed);
+    assert_eq!(status.attempt, ATTEMPTS_MAX);
+}
+
+#[test]
+fn a_database_that_does_not_answer_is_snapshotted_on_the_second_attempt() {
+    let mut world = World::new();
+    world.absent = Some(Problem::new(FailureKind::Connection, "refused", "start it"));
+    let (status, _) = run(&order(WantedConsistency::Default), &mut world, &[]);
+    check(&status, &world);
+    assert_eq!((status.phase, status.attempt), (Phase::Taken, ATTEMPTS_BEFORE_DOWNGRADE));
+    assert_eq!(status.consistency, Some(Consistency::Crash));
+}
+
+#[test]
+fn a_stopped_database_gives_an_offline_backup() {
+    let mut world = World { running: false, ..World::new() };
+    let (status, _) = run(&order(WantedConsistency::Default), &mut world, &[]);
+    assert_eq!((status.phase, status.consistency), (Phase::Taken, Some(Consistency::Offline)));
+}
+
+#[test]
+fn an_explicit_offline_refuses_a_running_database_at_once() {
+    let wanted = WantedConsistency::Explicit(Consistency::Offline);
+    let mut world = World::new();
+    let (status, _) = run(&order(wanted), &mut world, &[]);
+    check(&status, &world);
+    assert_eq!((status.phase, status.attempt), (Phase::Failed, 1));
+}
+
+#[test]
+fn a_snapshot_that_was_there_before_is_left_alone() {
+    let mut world = World::new();
+    world.snapshots.insert(NAME.to_owned());
+    let (status, _) = run(&order(WantedConsistency::Default), &mut world, &[]);
+    assert_eq!(status.phase, Phase::Failed);
+    assert!(world.snapshots.contains(NAME));
+    assert!(!world.backup_mode);
+}
+
+#[test]
+fn an_image_full_of_snapshots_is_refused() {
+    let facts = Facts {
+        image: image(),
+        snapshots: SNAPSHOTS_PER_IMAGE_MAX,
+        name_taken: false,
+        database: Database::Stopped,
+    };
+    let order = order(WantedConsistency::Default);
+    let (status, _) = next(&order, &BackupStatus::default(), Event::Resumed, slot()).unwrap();
+    let (status, _) = next(&order, &status, Event::PreflightPassed(Box::new(facts)), slot()).unwrap();
+    assert_eq!(status.phase, Phase::Failed);
+    assert!(status.failure.unwrap().cure.contains("howdah.dev/retention"));
+}
+
+#[test]
+fn an_undo_that_never_works_is_stuck_and_says_what_to_run() {
+    let mut world = World::new();
+    // Preflight and start work, the snapshot's answer is lost, and no removal works.
+    world.script = [false, false].into_iter().chain(std::iter::repeat_n(true, 100)).collect();
+    let (status, _) = run(&order(WantedConsistency::Default), &mut world, &[]);
+    check(&status, &world);
+    assert_eq!(status.phase, Phase::Stuck);
+    assert!(status.failure.unwrap().cure.contains("rbd snap rm replicapool/csi-vol-1@howdah-"));
+}
+
+#[test]
+fn a_backup_found_after_its_deadline_fails_without_touching_anything() {
+    let mut world = World::new();
+    world.now = slot() + DEADLINE + SignedDuration::from_secs(1);
+    let (status, effects) = run(&order(WantedConsistency::Default), &mut world, &[]);
+    check(&status, &world);
+    assert_eq!((status.phase, effects), (Phase::Failed, 1));
+}
+
+#[test]
+fn every_phase_answers_every_event() {
+    let snapshot = SnapshotRecord { name: NAME.to_owned(), id: 4, size: 1 };
+    let facts = Facts { image: image(), snapshots: 0, name_taken: false, database: Database::Stopped };
+    let events = [
+        Event::Resumed,
+        Event::PreflightPassed(Box::new(facts)),
+        Event::BackupModeStarted { lsn: String::new(), timeline: None },
+        Event::SnapshotTaken(snapshot),
+        Event::SnapshotMissing,
+        Event::BackupModeStopped { lsn: String::new(), label: String::new(), spcmap: String::new() },
+        Event::Recorded,
+        Event::Pruned,
+        Event::Undone,
+        Event::RetryDue,
+        Event::Failed(transient()),
+    ];
+    let order = order(WantedConsistency::Default);
+    for phase in PHASES {
+        for event in &events {
+            let status = BackupStatus { phase, ..BackupStatus::default() };
+            let answer = next(&order, &status, event.clone(), slot());
+            match answer {
+                Ok((after, effects)) if phase.is_terminal() => {
+                    assert_eq!(*event, Event::Resumed);
+                    assert_eq!(after, status);
+                    assert!(effects.is_empty());
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    assert_eq!(error.phase, phase);
+                    assert_ne!(*event, Event::Resumed, "a restart is possible in every phase");
+                }
+            }
+        }
+    }
+}
+
+const PHASES: [Phase; 13] = [
+    Phase::Reserved,
+    Phase::Preflight,
+    Phase::StartingBackupMode,
+    Phase::Snapshotting,
+    Phase::Adopting,
+    Phase::StoppingBackupMode,
+    Phase::Recording,
+    Phase::Pruning,
+    Phase::Undoing,
+    Phase::Waiting,
+    Phase::Taken,
+    Phase::Failed,
+    Phase::Stuck,
+];
+
+proptest! {
+    #[test]
+    fn any_mix_of_failures_and_deaths_ends_clean(
+        script in proptest::collection::vec(any::<bool>(), 0..60),
+        deaths in proptest::collection::vec((any::<bool>(), 0usize..60), 0..8),
+        explicit in any::<bool>(),
+        running in any::<bool>(),
+    ) {
+        let wanted = if explicit { EXPLICIT_ONLINE } else { WantedConsistency::Default };
+        let deaths: Vec<Death> =
+            deaths.into_iter().map(|(before, at)| if before { Death::Before(at) } else { Death::After(at) }).collect();
+        let mut world = World { running, script: script.into(), ..World::new() };
+        let (status, _) = run(&order(wanted), &mut world, &deaths);
+        check(&status, &world);
+    }
+}

@@ -1,0 +1,114 @@
+//! The command line of `howdah-lab`.
+
+use std::ffi::OsString;
+use std::net::SocketAddrV4;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, Subcommand};
+
+use crate::control_plane::Profile;
+use crate::lab::Lab;
+use crate::up::Wanted;
+use crate::{down, forward, netns, process, status, up};
+
+/// A real Kubernetes on real Ceph, on one machine, in its own network namespace.
+#[derive(Debug, Parser)]
+#[command(name = "howdah-lab", version)]
+pub struct Args {
+    /// Which lab; several can stand side by side.
+    #[arg(long, env = "HOWDAH_LAB", default_value = "main", global = true)]
+    name: String,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Bring up whatever is missing: control plane, Ceph and nodes.
+    Up {
+        /// Virtual-machine nodes.
+        #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=i64::from(netns::NODES_MAX)))]
+        nodes: u8,
+        /// How fast a dead node is noticed; fixed when the lab is first brought up (then: fast).
+        #[arg(long, value_enum)]
+        profile: Option<Profile>,
+        /// Leave Ceph out: enough for what only talks to the apiserver.
+        #[arg(long)]
+        without_ceph: bool,
+    },
+    /// Take the lab down and leave nothing of it.
+    Down,
+    /// Show what runs.
+    Status,
+    /// Print the path of the admin's kubeconfig.
+    Kubeconfig,
+    /// Run a command inside the lab: its network, its kubectl, its Ceph configuration.
+    Exec {
+        /// The command and its arguments.
+        #[arg(trailing_var_arg = true, required = true, allow_hyphen_values = true)]
+        command: Vec<OsString>,
+    },
+    /// Record this process, then become the command.
+    #[command(name = "__run", hide = true)]
+    Run {
+        record: PathBuf,
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
+    },
+    /// Relay connections into the lab's network namespace.
+    #[command(name = "__forward", hide = true)]
+    Forward { listen: SocketAddrV4, target: SocketAddrV4, address_file: PathBuf },
+}
+
+impl Args {
+    /// Does what the command line says.
+    pub fn run(self) -> Result<()> {
+        let Self { name, command } = self;
+        let lab = Lab::named(&name)?;
+        match command {
+            Command::Up { nodes, profile, without_ceph } => {
+                process::mark_self(&lab)?;
+                up::run(&lab, Wanted { nodes, ceph: !without_ceph, profile })
+            }
+            Command::Down => down::run(&lab),
+            Command::Status => {
+                print!("{}", status::describe(&lab)?);
+                Ok(())
+            }
+            Command::Kubeconfig => kubeconfig(&lab),
+            Command::Exec { command } => exec(&lab, &command),
+            Command::Run { record, command } => process::run_recorded(&record, &command),
+            Command::Forward { listen, target, address_file } => {
+                forward::run(&lab, listen, target, &address_file)
+            }
+        }
+    }
+}
+
+fn kubeconfig(lab: &Lab) -> Result<()> {
+    let path = lab.kubeconfig();
+    if !path.is_file() {
+        bail!("find {}: bring the lab up first: howdah-lab --name {} up", path.display(), lab.name());
+    }
+    println!("{}", path.display());
+    Ok(())
+}
+
+fn exec(lab: &Lab, command: &[OsString]) -> Result<()> {
+    let (program, args) = command.split_first().context("name a command to run")?;
+    netns::enter(lab)?;
+    let error = lab.command(program).args(args).env("KUBECONFIG", lab.inside_kubeconfig()).exec();
+    Err(error).with_context(|| format!("run {}", program.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Args::command().debug_assert();
+    }
+}

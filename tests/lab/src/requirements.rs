@@ -1,0 +1,64 @@
+//! What the lab needs of the machine. What is missing is named together with the command that cures it.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+/// Debian packages, one a line, with the reason after `#`.
+const PACKAGES: &str = include_str!("../packages.txt");
+/// Device nodes the lab opens, and how to get them.
+const DEVICES: [(&str, &str); 3] = [
+    ("/dev/net/tun", "modprobe tun"),
+    ("/dev/loop-control", "modprobe loop"),
+    ("/dev/fuse", "modprobe fuse"),
+];
+
+/// Fails with everything that is missing, not only the first of it.
+pub fn check() -> Result<()> {
+    let mut missing = Vec::new();
+    if !nix::unistd::geteuid().is_root() {
+        missing.push(
+            "root's rights (the lab makes network namespaces, mounts and loop devices): run it with sudo"
+                .to_owned(),
+        );
+    }
+    let packages = missing_packages(&wanted_packages(), &installed_packages()?);
+    if !packages.is_empty() {
+        let list = packages.join(" ");
+        missing.push(format!("Debian packages {list}: run `make setup`, or `apt-get install -y {list}`"));
+    }
+    for (device, cure) in DEVICES {
+        if !Path::new(device).exists() {
+            missing.push(format!("{device}: run `{cure}`"));
+        }
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    bail!("prepare this machine for the lab; it lacks\n  - {}", missing.join("\n  - "))
+}
+
+fn wanted_packages() -> Vec<&'static str> {
+    PACKAGES
+        .lines()
+        .filter_map(|line| line.split('#').next())
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect()
+}
+
+fn installed_packages() -> Result<BTreeSet<String>> {
+    let output = Command::new("dpkg-query")
+        .args(["--show", "--showformat", "${db:Status-Abbrev}${Package}\n"])
+        .output()
+        .context("run dpkg-query: the lab runs on Debian 12 and its kin")?;
+    let listed = String::from_utf8_lossy(&output.stdout).into_owned();
+    // "ii " is wanted and installed; a removed package stays listed as "rc ".
+    Ok(listed.lines().filter_map(|line| line.strip_prefix("ii ")).map(str::to_owned).collect())
+}
+
+fn missing_packages<'a>(wanted: &[&'a str], installed: &BTreeSet<String>) -> Vec<&'a str> {
+    wanted.iter().copied().filter(|package| !installed.contains(*package)).collect()
+}

@@ -1,0 +1,94 @@
+//! `howdah-lab up`: brings up whatever is missing, as far as possible at the same time. It can be killed at
+//! any point and run again, or be followed by `down`.
+
+use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::control_plane::{self, Profile};
+use crate::lab::Lab;
+use crate::{netns, process, progress, requirements};
+
+/// Another `up` of the same lab may be building everything from nothing; we wait for it rather than fail.
+const LOCK_LIMIT: Duration = Duration::from_secs(45 * 60);
+
+/// What a lab shall have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// Virtual-machine nodes, 0 to [`netns::NODES_MAX`].
+    pub nodes: u8,
+    /// Whether it has Ceph.
+    pub ceph: bool,
+    /// How fast the control plane notices a dead node; none: as the lab has it, else fast.
+    pub profile: Option<Profile>,
+}
+
+/// What is fixed for the life of an instance.
+#[derive(Debug, Serialize, Deserialize)]
+struct Instance {
+    profile: Profile,
+}
+
+/// Brings the lab up to at least what is wanted. What it has beyond that stays.
+pub fn run(lab: &Lab, wanted: Wanted) -> Result<()> {
+    requirements::check()?;
+    let _lock = lab.lock(LOCK_LIMIT)?;
+    let begin = Instant::now();
+    let profile = open_instance(lab, wanted.profile)?;
+    netns::create(lab)?;
+    thread::scope(|scope| {
+        let ceph = scope.spawn(|| ceph_part(lab, wanted));
+        let kubernetes = scope.spawn(|| kubernetes_part(lab, profile));
+        // Both run to their end: what came up stays up for the next try, and both errors are told.
+        let results = [("Kubernetes", kubernetes.join()), ("Ceph", ceph.join())];
+        let mut errors = Vec::new();
+        for (what, result) in results {
+            match result {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => errors.push(format!("{error:#}")),
+                Err(_) => errors.push(format!("bring up {what}: its thread panicked")),
+            }
+        }
+        if errors.is_empty() { Ok(()) } else { Err(anyhow!("{}", errors.join("\nand: "))) }
+    })?;
+    progress::say(format!("lab {} is up after {:.1} s", lab.name(), begin.elapsed().as_secs_f64()));
+    Ok(())
+}
+
+fn ceph_part(_lab: &Lab, wanted: Wanted) -> Result<()> {
+    if !wanted.ceph {
+        return Ok(());
+    }
+    bail!("bring up Ceph: not there yet")
+}
+
+fn kubernetes_part(lab: &Lab, profile: Profile) -> Result<()> {
+    let binary = control_plane::binaries()?.join("howdah-kube");
+    progress::step("control plane ready", || control_plane::up(lab, profile, &binary))
+}
+
+/// Creates the instance directory, or makes sure that the one there is of the profile asked for.
+fn open_instance(lab: &Lab, asked: Option<Profile>) -> Result<Profile> {
+    let file = lab.path("lab.json");
+    if let Ok(text) = fs::read_to_string(&file) {
+        let instance: Instance =
+            serde_json::from_str(&text).with_context(|| format!("read {}", file.display()))?;
+        if asked.is_some_and(|asked| asked != instance.profile) {
+            bail!(
+                "bring up lab {0} with another profile: it has profile {1:?}; take it down first: \
+                 howdah-lab --name {0} down",
+                lab.name(),
+                instance.profile
+            );
+        }
+        return Ok(instance.profile);
+    }
+    fs::create_dir_all(lab.dir()).with_context(|| format!("create {}", lab.dir().display()))?;
+    let profile = asked.unwrap_or_default();
+    let text = serde_json::to_vec(&Instance { profile }).context("write the instance's settings")?;
+    process::write_atomically(&file, &text)?;
+    Ok(profile)
+}
