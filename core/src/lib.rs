@@ -4,6 +4,7 @@
 
 pub mod annotations;
 pub mod backup;
+pub mod catalogue;
 pub mod names;
 pub mod policy;
 pub mod retention;

@@ -3,13 +3,18 @@
 use std::fmt;
 use std::str::FromStr;
 
-use jiff::SignedDuration;
+use jiff::tz::TimeZone;
+use jiff::{SignedDuration, Timestamp, Zoned};
 
 /// Most snapshots of ours one image may carry.
 ///
 /// ceph-csi begins to flatten clones at 250 snapshots of an image and counts ours too (field notes, backup 2.6);
 /// krbd ends at 510. Under 200 leaves room for snapshots of others.
 pub const SNAPSHOTS_PER_IMAGE_MAX: usize = 190;
+
+/// Most snapshots deleted in one run: a deletion is paid by every OSD afterwards (snaptrim), and a policy written
+/// by mistake is noticed before it is carried out in full.
+pub const DELETIONS_PER_RUN_MAX: usize = 10;
 
 /// The calendar units a rule counts in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -157,4 +162,522 @@ fn age(key: &str, value: &str) -> Result<SignedDuration, String> {
         return Err(wrong());
     }
     Ok(SignedDuration::from_hours(hours))
+}
+
+/// One snapshot of the image, as far as it matters here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Item {
+    /// The snapshot.
+    pub snapshot: String,
+    /// When the backup was due: real time, never the order of names.
+    pub taken_at: Timestamp,
+    /// What is known of the backup.
+    pub state: ItemState,
+    /// Somebody put a hold on it.
+    pub held: bool,
+    /// Clones hang on it.
+    pub has_clones: bool,
+    /// An operation that is under way uses it.
+    pub in_use: bool,
+}
+
+/// What is known of the backup behind a snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ItemState {
+    /// Not ours.
+    Foreign,
+    /// Ours by its name, but neither a record nor the catalogue says that it was completed.
+    Unfinished,
+    /// Completed.
+    Taken,
+    /// Completed, and proven by a restore.
+    Verified,
+}
+
+/// What becomes of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// It stays, for these reasons.
+    Keep(Vec<KeepReason>),
+    /// It goes, for this reason.
+    Delete(DeleteReason),
+}
+
+/// Why a snapshot stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeepReason {
+    /// There is no policy, so nothing is pruned.
+    NoPolicy,
+    /// It is not ours.
+    Foreign,
+    /// A hold is on it.
+    Held,
+    /// Clones hang on it.
+    HasClones,
+    /// An operation uses it.
+    InUse,
+    /// It lies in the future: the clock was wrong then, or is wrong now.
+    FutureDated,
+    /// The newest verified one.
+    NewestVerified,
+    /// The newest good one.
+    NewestGood,
+    /// It was not completed, and no newer one is good: nothing is deleted before there is something better.
+    NothingNewer,
+    /// Among the newest N.
+    Last,
+    /// The newest of its period.
+    Period(Period),
+    /// The oldest there is, while its rule is not filled yet.
+    Oldest(Period),
+    /// Young enough.
+    Within,
+    /// The newest of its period, and young enough.
+    WithinPeriod(Period),
+}
+
+impl KeepReason {
+    /// Whether no policy can overrule the reason.
+    #[must_use]
+    pub const fn is_absolute(self) -> bool {
+        !matches!(self, Self::Last | Self::Period(_) | Self::Oldest(_) | Self::Within | Self::WithinPeriod(_))
+    }
+}
+
+impl fmt::Display for KeepReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoPolicy => f.write_str("no retention policy"),
+            Self::Foreign => f.write_str("not taken by howdah"),
+            Self::Held => f.write_str("held"),
+            Self::HasClones => f.write_str("has clones"),
+            Self::InUse => f.write_str("used by an open operation"),
+            Self::FutureDated => f.write_str("dated in the future"),
+            Self::NewestVerified => f.write_str("newest verified"),
+            Self::NewestGood => f.write_str("newest good"),
+            Self::NothingNewer => f.write_str("unfinished, and nothing newer is good"),
+            Self::Last => f.write_str("last"),
+            Self::Period(period) => f.write_str(period.key()),
+            Self::Oldest(period) => write!(f, "oldest {}", period.key()),
+            Self::Within => f.write_str("within"),
+            Self::WithinPeriod(period) => write!(f, "within-{}", period.key()),
+        }
+    }
+}
+
+/// Why a snapshot goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeleteReason {
+    /// No rule keeps it.
+    NotKept,
+    /// It was not completed, and a newer one is good.
+    Unfinished,
+    /// Rules keep more than [`SNAPSHOTS_PER_IMAGE_MAX`], and it is among the oldest.
+    OverLimit,
+}
+
+impl fmt::Display for DeleteReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotKept => f.write_str("no rule keeps it"),
+            Self::Unfinished => f.write_str("never completed, and a newer backup is good"),
+            Self::OverLimit => write!(f, "over the limit of {SNAPSHOTS_PER_IMAGE_MAX} snapshots per image"),
+        }
+    }
+}
+
+/// Judges every snapshot of an image; the answer is newest first.
+///
+/// `zone` gives the calendar. Ages are measured from the newest good backup, not from `now`, as restic does: a clock
+/// that runs ahead, or backups that stopped long ago, delete nothing.
+#[must_use]
+pub fn plan(
+    now: Timestamp,
+    zone: &TimeZone,
+    policy: Option<&RetentionPolicy>,
+    items: &[Item],
+) -> Vec<(Item, Verdict)> {
+    let mut items = items.to_vec();
+    items.sort_by(|a, b| (b.taken_at, &b.snapshot).cmp(&(a.taken_at, &a.snapshot)));
+    let good = |item: &Item| matches!(item.state, ItemState::Taken | ItemState::Verified);
+    let present = |item: &Item| item.taken_at <= now;
+    let newest = |wanted: &dyn Fn(&Item) -> bool| items.iter().position(|item| present(item) && wanted(item));
+    let newest_good = newest(&good);
+    let newest_verified = newest(&|item| item.state == ItemState::Verified);
+
+    let mut reasons: Vec<Vec<KeepReason>> = Vec::with_capacity(items.len());
+    for (i, item) in items.iter().enumerate() {
+        let mut keep = Vec::new();
+        let mut keep_if = |condition: bool, reason: KeepReason| keep.extend(condition.then_some(reason));
+        keep_if(item.state == ItemState::Foreign, KeepReason::Foreign);
+        keep_if(policy.is_none(), KeepReason::NoPolicy);
+        keep_if(item.held, KeepReason::Held);
+        keep_if(item.has_clones, KeepReason::HasClones);
+        keep_if(item.in_use, KeepReason::InUse);
+        keep_if(!present(item), KeepReason::FutureDated);
+        keep_if(newest_verified == Some(i), KeepReason::NewestVerified);
+        keep_if(newest_good == Some(i), KeepReason::NewestGood);
+        let nothing_newer = newest_good.is_none_or(|newest| newest > i);
+        keep_if(item.state == ItemState::Unfinished && nothing_newer, KeepReason::NothingNewer);
+        reasons.push(keep);
+    }
+    if let Some(policy) = policy {
+        let candidates: Vec<usize> =
+            (0..items.len()).filter(|i| good(&items[*i]) && present(&items[*i])).collect();
+        let times: Vec<Zoned> =
+            candidates.iter().map(|i| items[*i].taken_at.to_zoned(zone.clone())).collect();
+        for (candidate, reason) in apply_rules(policy, &times) {
+            reasons[candidates[candidate]].push(reason);
+        }
+    }
+
+    let mut verdicts: Vec<(Item, Verdict)> = items
+        .into_iter()
+        .zip(reasons)
+        .map(|(item, reasons)| {
+            let verdict = match (reasons.is_empty(), item.state) {
+                (false, _) => Verdict::Keep(reasons),
+                (true, ItemState::Unfinished) => Verdict::Delete(DeleteReason::Unfinished),
+                (true, _) => Verdict::Delete(DeleteReason::NotKept),
+            };
+            (item, verdict)
+        })
+        .collect();
+    if policy.is_some() {
+        enforce_limit(&mut verdicts);
+    }
+    verdicts
+}
+
+/// The deletions of a plan that one run may carry out: the oldest first, at most [`DELETIONS_PER_RUN_MAX`].
+pub fn deletions(plan: &[(Item, Verdict)]) -> impl Iterator<Item = (&Item, DeleteReason)> {
+    plan.iter()
+        .rev()
+        .filter_map(|(item, verdict)| match verdict {
+            Verdict::Delete(reason) => Some((item, *reason)),
+            Verdict::Keep(_) => None,
+        })
+        .take(DELETIONS_PER_RUN_MAX)
+}
+
+/// restic's algorithm (`internal/restic/snapshot_policy.go`) over times that are newest first; returns the reasons
+/// by index.
+fn apply_rules(policy: &RetentionPolicy, times: &[Zoned]) -> Vec<(usize, KeepReason)> {
+    let mut kept = Vec::new();
+    let last = policy.last.unwrap_or(0) as usize;
+    kept.extend((0..times.len().min(last)).map(|i| (i, KeepReason::Last)));
+    let Some(newest) = times.first() else { return kept };
+    let young = |time: &Zoned, age: SignedDuration| newest.duration_since(time) < age;
+
+    for (period, count) in &policy.periods {
+        let mut left = *count;
+        let mut previous = None;
+        for (i, time) in times.iter().enumerate() {
+            if left == 0 {
+                break;
+            }
+            let bucket = bucket(*period, time);
+            if previous.as_ref() != Some(&bucket) {
+                kept.push((i, KeepReason::Period(*period)));
+                left -= 1;
+            } else if i == times.len() - 1 {
+                kept.push((i, KeepReason::Oldest(*period)));
+            }
+            previous = Some(bucket);
+        }
+    }
+    if let Some(age) = policy.within {
+        kept.extend((0..times.len()).filter(|i| young(&times[*i], age)).map(|i| (i, KeepReason::Within)));
+    }
+    for (period, age) in &policy.within_periods {
+        let mut previous = None;
+        for (i, time) in times.iter().enumerate().filter(|(_, time)| young(time, *age)) {
+            let bucket = bucket(*period, time);
+            if previous.as_ref() != Some(&bucket) {
+                kept.push((i, KeepReason::WithinPeriod(*period)));
+            }
+            previous = Some(bucket);
+        }
+    }
+    kept
+}
+
+/// The calendar period a time falls into; equal values mean the same period.
+fn bucket(period: Period, time: &Zoned) -> (i16, i16, i8, i64) {
+    match period {
+        // The hour of a fold happens twice: the offset tells the two apart.
+        Period::Hourly => {
+            let hour = time.timestamp().as_second() + i64::from(time.offset().seconds());
+            (0, 0, 0, hour.div_euclid(3600) * 1_000_000 + i64::from(time.offset().seconds()))
+        }
+        Period::Daily => (time.year(), i16::from(time.month()), time.day(), 0),
+        Period::Weekly => {
+            let week = time.date().iso_week_date();
+            (week.year(), i16::from(week.week()), 0, 0)
+        }
+        Period::Monthly => (time.year(), i16::from(time.month()), 0, 0),
+        Period::Yearly => (time.year(), 0, 0, 0),
+    }
+}
+
+/// Gives up the oldest that only rules keep, until the image is within its limit.
+fn enforce_limit(verdicts: &mut [(Item, Verdict)]) {
+    let ours = |(item, verdict): &&(Item, Verdict)| {
+        item.state != ItemState::Foreign && matches!(verdict, Verdict::Keep(_))
+    };
+    let mut excess = verdicts.iter().filter(ours).count().saturating_sub(SNAPSHOTS_PER_IMAGE_MAX);
+    for (_, verdict) in verdicts.iter_mut().rev() {
+        let Verdict::Keep(reasons) = verdict else { continue };
+        if excess == 0 {
+            return;
+        }
+        if !reasons.iter().any(|reason| reason.is_absolute()) {
+            *verdict = Verdict::Delete(DeleteReason::OverLimit);
+            excess -= 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn at(text: &str) -> Timestamp {
+        text.parse().unwrap()
+    }
+
+    fn item(taken_at: Timestamp, state: ItemState) -> Item {
+        let snapshot = crate::names::snapshot_name(taken_at);
+        Item { snapshot, taken_at, state, held: false, has_clones: false, in_use: false }
+    }
+
+    fn taken(text: &str) -> Item {
+        item(at(text), ItemState::Taken)
+    }
+
+    /// `n` good backups, an hour apart, the newest at noon.
+    fn hourly(n: i64) -> Vec<Item> {
+        (0..n)
+            .map(|i| item(at("2026-11-22T12:00:00Z") - SignedDuration::from_hours(i), ItemState::Taken))
+            .collect()
+    }
+
+    fn judged(policy: &str, items: &[Item]) -> Vec<(Item, Verdict)> {
+        let policy: RetentionPolicy = policy.parse().unwrap();
+        plan(at("2026-11-22T12:30:00Z"), &TimeZone::UTC, Some(&policy), items)
+    }
+
+    fn kept(policy: &str, items: &[Item]) -> Vec<String> {
+        judged(policy, items)
+            .into_iter()
+            .filter(|(_, verdict)| matches!(verdict, Verdict::Keep(_)))
+            .map(|(item, _)| item.taken_at.to_string())
+            .collect()
+    }
+
+    #[test]
+    fn last_keeps_the_newest() {
+        assert_eq!(kept("last=2", &hourly(5)), ["2026-11-22T12:00:00Z", "2026-11-22T11:00:00Z"]);
+    }
+
+    #[test]
+    fn periods_without_a_backup_do_not_count() {
+        let items =
+            [taken("2026-11-22T03:00:00Z"), taken("2026-11-20T03:00:00Z"), taken("2026-11-10T03:00:00Z")];
+        assert_eq!(kept("daily=3", &items).len(), 3);
+        assert_eq!(kept("daily=2", &items).len(), 2);
+    }
+
+    #[test]
+    fn the_newest_of_a_day_is_kept_and_the_oldest_while_the_rule_is_not_filled() {
+        let items = [
+            taken("2026-11-22T09:00:00Z"),
+            taken("2026-11-22T03:00:00Z"),
+            taken("2026-11-21T09:00:00Z"),
+            taken("2026-11-21T06:00:00Z"),
+            taken("2026-11-21T03:00:00Z"),
+        ];
+        assert_eq!(
+            kept("daily=7", &items),
+            ["2026-11-22T09:00:00Z", "2026-11-21T09:00:00Z", "2026-11-21T03:00:00Z"]
+        );
+        let (_, verdict) = judged("daily=7", &items).pop().unwrap();
+        assert_eq!(verdict, Verdict::Keep(vec![KeepReason::Oldest(Period::Daily)]));
+    }
+
+    #[test]
+    fn the_calendar_is_that_of_the_zone() {
+        // 16:00 UTC is the next day in Tokyo.
+        let items =
+            [taken("2026-11-21T16:00:00Z"), taken("2026-11-21T14:00:00Z"), taken("2026-11-20T12:00:00Z")];
+        let policy: RetentionPolicy = "daily=2".parse().unwrap();
+        let tokyo = jiff::tz::TimeZoneDatabase::bundled().get("Asia/Tokyo").unwrap();
+        let plan = plan(at("2026-11-22T12:30:00Z"), &tokyo, Some(&policy), &items);
+        let keep: Vec<bool> = plan.iter().map(|(_, verdict)| matches!(verdict, Verdict::Keep(_))).collect();
+        assert_eq!(keep, [true, true, false]);
+    }
+
+    #[test]
+    fn ages_are_measured_from_the_newest_good_backup() {
+        let policy: RetentionPolicy = "within=3h".parse().unwrap();
+        for now in ["2026-11-22T12:30:00Z", "2036-11-22T12:30:00Z"] {
+            let plan = plan(at(now), &TimeZone::UTC, Some(&policy), &hourly(6));
+            let keep = plan.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Keep(_))).count();
+            assert_eq!(keep, 3, "{now}");
+        }
+    }
+
+    #[test]
+    fn all_rules_are_given_as_reasons() {
+        let (_, verdict) = judged("last=1 hourly=1 within-weekly=8w", &hourly(2)).remove(0);
+        let Verdict::Keep(reasons) = verdict else { panic!("the newest is kept") };
+        let words: Vec<String> = reasons.iter().map(ToString::to_string).collect();
+        assert_eq!(words, ["newest good", "last", "hourly", "within-weekly"]);
+    }
+
+    #[test]
+    fn the_never_list_outlives_the_policy() {
+        let mut items = hourly(9);
+        items[2].state = ItemState::Verified;
+        items[3].held = true;
+        items[4].has_clones = true;
+        items[5].in_use = true;
+        items[6].state = ItemState::Foreign;
+        items.push(item(at("2027-01-01T00:00:00Z"), ItemState::Taken));
+        let plan = judged("last=1", &items);
+        let deleted: Vec<&str> = plan
+            .iter()
+            .filter(|(_, verdict)| matches!(verdict, Verdict::Delete(_)))
+            .map(|(item, _)| item.snapshot.as_str())
+            .collect();
+        assert_eq!(deleted, [1, 7, 8].map(|i| items[i].snapshot.as_str()));
+        // The future one is no successor: the newest good one is still of the present.
+        let newest = plan.iter().find(|(item, _)| item.snapshot == items[0].snapshot).unwrap();
+        assert!(matches!(&newest.1, Verdict::Keep(reasons) if reasons.contains(&KeepReason::NewestGood)));
+    }
+
+    #[test]
+    fn an_unfinished_one_goes_only_when_a_newer_one_is_good() {
+        let mut items = hourly(3);
+        items[0].state = ItemState::Unfinished;
+        items[2].state = ItemState::Unfinished;
+        let plan = judged("last=1", &items);
+        assert_eq!(plan[0].1, Verdict::Keep(vec![KeepReason::NothingNewer]));
+        assert_eq!(plan[2].1, Verdict::Delete(DeleteReason::Unfinished));
+    }
+
+    #[test]
+    fn without_a_policy_nothing_goes() {
+        let plan = plan(at("2026-11-22T12:30:00Z"), &TimeZone::UTC, None, &hourly(250));
+        assert!(plan.iter().all(|(_, verdict)| matches!(verdict, Verdict::Keep(_))));
+    }
+
+    #[test]
+    fn the_limit_takes_the_oldest_that_only_rules_keep() {
+        let mut items = hourly(SNAPSHOTS_PER_IMAGE_MAX as i64 + 3);
+        let oldest = items.len() - 1;
+        items[oldest].held = true;
+        let plan = judged("within=9y", &items);
+        let over: Vec<usize> =
+            (0..plan.len()).filter(|i| plan[*i].1 == Verdict::Delete(DeleteReason::OverLimit)).collect();
+        assert_eq!(over, [oldest - 3, oldest - 2, oldest - 1]);
+    }
+
+    #[test]
+    fn a_run_deletes_a_few_of_the_oldest() {
+        let plan = judged("last=1", &hourly(40));
+        let names: Vec<&str> = deletions(&plan).map(|(item, _)| item.snapshot.as_str()).collect();
+        assert_eq!(names.len(), DELETIONS_PER_RUN_MAX);
+        assert_eq!(names[0], "howdah-20261120T210000Z");
+    }
+
+    fn histories() -> impl Strategy<Value = Vec<Item>> {
+        let state = prop::sample::select(vec![
+            ItemState::Foreign,
+            ItemState::Unfinished,
+            ItemState::Taken,
+            ItemState::Taken,
+            ItemState::Verified,
+        ]);
+        let one = (0i64..5000, state, 0u8..30);
+        proptest::collection::vec(one, 0..240).prop_map(|items| {
+            let start = at("2026-06-01T00:00:00Z");
+            let mut items: Vec<Item> = items
+                .into_iter()
+                .map(|(hours, state, flags)| Item {
+                    held: flags == 1,
+                    has_clones: flags == 2,
+                    in_use: flags == 3,
+                    ..item(start + SignedDuration::from_hours(hours), state)
+                })
+                .collect();
+            items.sort_by_key(|item| item.taken_at);
+            items.dedup_by_key(|item| item.taken_at);
+            items
+        })
+    }
+
+    fn policies() -> impl Strategy<Value = RetentionPolicy> {
+        let parts = prop::sample::subsequence(
+            vec![
+                "last=3",
+                "hourly=5",
+                "daily=7",
+                "weekly=4",
+                "monthly=6",
+                "yearly=2",
+                "within=5d",
+                "within-daily=3w",
+                "within-monthly=1y",
+            ],
+            1..6,
+        );
+        parts.prop_map(|parts| parts.join(" ").parse().unwrap())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn nothing_precious_is_ever_deleted(
+            items in histories(),
+            policy in policies(),
+            now_hours in -100i64..6000,
+            zone_name in prop::sample::select(vec!["UTC", "Asia/Tokyo", "America/New_York"]),
+        ) {
+            let now = at("2026-06-01T00:00:00Z") + SignedDuration::from_hours(now_hours);
+            let zone = jiff::tz::TimeZoneDatabase::bundled().get(zone_name).unwrap();
+            let plan = plan(now, &zone, Some(&policy), &items);
+            prop_assert_eq!(plan.len(), items.len());
+            let present = |item: &Item| item.taken_at <= now;
+            let good = |item: &Item| matches!(item.state, ItemState::Taken | ItemState::Verified);
+            let newest = |wanted: &dyn Fn(&Item) -> bool| {
+                items.iter().filter(|item| present(item) && wanted(item)).max_by_key(|item| item.taken_at)
+            };
+            for (item, verdict) in &plan {
+                let Verdict::Delete(_) = verdict else { continue };
+                prop_assert!(item.state != ItemState::Foreign && !item.held && !item.has_clones && !item.in_use);
+                prop_assert!(present(item));
+                prop_assert_ne!(Some(item), newest(&|item| item.state == ItemState::Verified));
+                prop_assert_ne!(Some(item), newest(&good));
+                prop_assert!(items.iter().any(|newer| good(newer) && present(newer) && newer.taken_at > item.taken_at));
+            }
+
+            // What was kept stays kept when the rest is gone.
+            let left: Vec<Item> = plan
+                .into_iter()
+                .filter(|(_, verdict)| matches!(verdict, Verdict::Keep(_)))
+                .map(|(item, _)| item)
+                .collect();
+            let again = super::plan(now, &zone, Some(&policy), &left);
+            prop_assert!(again.iter().all(|(_, verdict)| matches!(verdict, Verdict::Keep(_))));
+        }
+
+        #[test]
+        fn a_newer_backup_never_brings_the_deletion_of_all_others_in_one_run(items in histories(), policy in policies()) {
+            let plan = plan(at("2027-06-01T00:00:00Z"), &TimeZone::UTC, Some(&policy), &items);
+            prop_assert!(deletions(&plan).count() <= DELETIONS_PER_RUN_MAX);
+        }
+    }
 }

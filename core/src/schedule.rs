@@ -2,14 +2,15 @@
 //!
 //! A *slot* is one occurrence of the schedule, as an instant. It names everything the backup makes.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 
 use croner::Cron;
 use croner::errors::CronError;
 use croner::parser::{CronParser, Seconds, Year};
-use jiff::Timestamp;
 use jiff::tz::TimeZone;
+use jiff::{SignedDuration, Timestamp};
 
 /// Longest cron expression that is read; a real one is under 40 characters.
 const EXPRESSION_MAX: usize = 256;
@@ -81,5 +82,298 @@ impl FromStr for CronExpression {
         cron.find_next_occurrence(&start, true)
             .map_err(|_| "never happens (no such day in any year)".to_owned())?;
         Ok(Self { text: text.to_owned(), cron: Box::new(cron) })
+    }
+}
+
+/// How late a missed slot is still caught up; an older one is left out, and the next one runs.
+pub const CATCH_UP_DEADLINE: SignedDuration = SignedDuration::from_hours(1);
+/// Longest delay that spreads the databases of a cluster over time.
+pub const JITTER_MAX: SignedDuration = SignedDuration::from_mins(5);
+/// The delay is at most this part of the time between two slots.
+const JITTER_PART: i32 = 10;
+
+/// What is known of one database when the scheduler wakes.
+#[derive(Debug)]
+pub struct Known<'a> {
+    /// The schedule.
+    pub schedule: &'a CronExpression,
+    /// The zone the schedule is read in.
+    pub zone: &'a TimeZone,
+    /// Whether scheduled backups are suspended.
+    pub suspend: bool,
+    /// When this schedule, in this zone, was first seen: what was due before is not made up for.
+    pub first_seen: Timestamp,
+    /// The slots that have a record, whatever became of them.
+    pub slots: &'a BTreeSet<Timestamp>,
+    /// Whether a backup of this database is under way.
+    pub open_run: bool,
+    /// The uid of the StatefulSet, from which the jitter derives.
+    pub uid: &'a str,
+}
+
+/// What to do about one database now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    /// Reserve this slot and back up.
+    Start {
+        /// The slot.
+        slot: Timestamp,
+        /// How long after the slot it starts.
+        late: SignedDuration,
+    },
+    /// Nothing to do.
+    Wait(Waiting),
+}
+
+/// Why nothing is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Waiting {
+    /// The schedule is suspended.
+    Suspended,
+    /// No slot is due since the schedule was first seen, or the due one has its record.
+    NotDue,
+    /// The slot is due, and begins after its jitter.
+    Jitter {
+        /// When.
+        until: Timestamp,
+    },
+    /// A backup of this database is still under way.
+    Busy,
+    /// The slot was missed by more than [`CATCH_UP_DEADLINE`].
+    Missed {
+        /// The slot.
+        slot: Timestamp,
+    },
+}
+
+/// Decides whether a backup of one database starts at `now`.
+///
+/// Only the latest slot is looked at, so however many were missed, one is caught up. A wake-up that comes twice,
+/// late or not at all does no harm: the slots that have records are the memory.
+#[must_use]
+pub fn decide(now: Timestamp, known: &Known<'_>) -> Decision {
+    let Known { schedule, zone, suspend, first_seen, slots, open_run, uid } = known;
+    if *suspend {
+        return Decision::Wait(Waiting::Suspended);
+    }
+    let Some(slot) = schedule.latest(now, zone) else { return Decision::Wait(Waiting::NotDue) };
+    // Records later than `now` were written by a clock that was ahead: they stand for no slot of the present.
+    let newest = slots.range(..=now).next_back();
+    if slot < *first_seen || newest.is_some_and(|newest| *newest >= slot) {
+        return Decision::Wait(Waiting::NotDue);
+    }
+    let late = now.duration_since(slot);
+    if late > CATCH_UP_DEADLINE {
+        return Decision::Wait(Waiting::Missed { slot });
+    }
+    if *open_run {
+        return Decision::Wait(Waiting::Busy);
+    }
+    let until = slot.saturating_add(jitter(schedule, zone, slot, uid)).unwrap_or(slot);
+    if now < until {
+        return Decision::Wait(Waiting::Jitter { until });
+    }
+    Decision::Start { slot, late }
+}
+
+/// The delay of one database: the same for each of its slots, different from other databases'.
+fn jitter(schedule: &CronExpression, zone: &TimeZone, slot: Timestamp, uid: &str) -> SignedDuration {
+    let interval = schedule.next(slot, zone).map_or(JITTER_MAX, |next| next.duration_since(slot));
+    let longest = (interval / JITTER_PART).min(JITTER_MAX).as_secs().max(0).unsigned_abs();
+    // FNV-1a: a hash that stays the same in every release, unlike the standard library's.
+    let hash = uid.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    SignedDuration::from_secs(i64::try_from(hash % (longest + 1)).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn at(text: &str) -> Timestamp {
+        text.parse().unwrap()
+    }
+
+    fn zone(name: &str) -> TimeZone {
+        jiff::tz::TimeZoneDatabase::bundled().get(name).unwrap()
+    }
+
+    /// One database and what is remembered of it.
+    struct Database {
+        schedule: CronExpression,
+        zone: TimeZone,
+        suspend: bool,
+        first_seen: Timestamp,
+        slots: BTreeSet<Timestamp>,
+        open_run: bool,
+    }
+
+    impl Database {
+        fn new(schedule: &str, zone_name: &str, first_seen: &str) -> Self {
+            Self {
+                schedule: schedule.parse().unwrap(),
+                zone: zone(zone_name),
+                suspend: false,
+                first_seen: at(first_seen),
+                slots: BTreeSet::new(),
+                open_run: false,
+            }
+        }
+
+        fn decide(&self, now: Timestamp) -> Decision {
+            decide(
+                now,
+                &Known {
+                    schedule: &self.schedule,
+                    zone: &self.zone,
+                    suspend: self.suspend,
+                    first_seen: self.first_seen,
+                    slots: &self.slots,
+                    open_run: self.open_run,
+                    uid: "0b1e9c5e",
+                },
+            )
+        }
+
+        /// Wakes every minute in `[from, to)`, records what starts, and returns it.
+        fn live(&mut self, from: &str, to: &str) -> Vec<String> {
+            let (mut now, to) = (at(from), at(to));
+            let mut started = Vec::new();
+            while now < to {
+                if let Decision::Start { slot, .. } = self.decide(now) {
+                    assert!(self.slots.insert(slot), "slot {slot} started twice");
+                    started.push(slot.to_string());
+                }
+                now += SignedDuration::from_mins(1);
+            }
+            started
+        }
+    }
+
+    #[test]
+    fn a_slot_starts_once_and_not_before_it_was_seen() {
+        let mut database = Database::new("0 3 * * *", "UTC", "2026-11-22T03:30:00Z");
+        assert_eq!(database.live("2026-11-22T03:30:00Z", "2026-11-22T23:59:50Z"), [""; 0]);
+        let started = database.live("2026-11-22T23:59:50Z", "2026-11-24T12:00:00Z");
+        assert_eq!(started, ["2026-11-23T03:00:00Z", "2026-11-24T03:00:00Z"]);
+    }
+
+    #[test]
+    fn the_zone_moves_the_slot() {
+        let mut database = Database::new("0 3 * * *", "Asia/Tokyo", "2026-11-22T00:00:00Z");
+        assert_eq!(database.live("2026-11-22T00:00:00Z", "2026-11-23T00:00:00Z"), ["2026-11-22T18:00:00Z"]);
+    }
+
+    #[test]
+    fn of_several_missed_slots_one_is_caught_up() {
+        let mut database = Database::new("*/10 * * * *", "UTC", "2026-11-22T00:00:00Z");
+        database.slots.insert(at("2026-11-22T01:00:00Z"));
+        // Down for two hours and five minutes.
+        assert_eq!(database.live("2026-11-22T03:05:00Z", "2026-11-22T03:09:00Z"), ["2026-11-22T03:00:00Z"]);
+    }
+
+    #[test]
+    fn a_slot_missed_by_more_than_the_deadline_is_left_out() {
+        let mut database = Database::new("0 3 * * *", "UTC", "2026-11-20T00:00:00Z");
+        let late = database.decide(at("2026-11-22T04:00:01Z"));
+        assert_eq!(late, Decision::Wait(Waiting::Missed { slot: at("2026-11-22T03:00:00Z") }));
+        assert_eq!(database.live("2026-11-22T04:00:01Z", "2026-11-23T03:30:00Z"), ["2026-11-23T03:00:00Z"]);
+    }
+
+    #[test]
+    fn a_run_under_way_delays_the_next() {
+        let mut database = Database::new("*/10 * * * *", "UTC", "2026-11-22T00:00:00Z");
+        database.open_run = true;
+        assert_eq!(database.decide(at("2026-11-22T00:12:00Z")), Decision::Wait(Waiting::Busy));
+        database.open_run = false;
+        assert!(matches!(database.decide(at("2026-11-22T00:18:00Z")), Decision::Start { .. }));
+    }
+
+    #[test]
+    fn suspended_means_nothing_starts() {
+        let mut database = Database::new("* * * * *", "UTC", "2026-11-22T00:00:00Z");
+        database.suspend = true;
+        assert_eq!(database.live("2026-11-22T00:00:00Z", "2026-11-22T01:00:00Z"), [""; 0]);
+    }
+
+    #[test]
+    fn a_time_in_the_spring_gap_runs_once_after_it() {
+        // Berlin, 29 March 2026: 02:00 becomes 03:00, so 02:30 does not exist; 03:00 is 01:00 UTC.
+        let mut database = Database::new("30 2 * * *", "Europe/Berlin", "2026-03-28T12:00:00Z");
+        let started = database.live("2026-03-28T12:00:00Z", "2026-03-30T12:00:00Z");
+        assert_eq!(started, ["2026-03-29T01:00:00Z", "2026-03-30T00:30:00Z"]);
+    }
+
+    #[test]
+    fn a_time_in_the_autumn_fold_runs_once_at_its_first_pass() {
+        // Berlin, 25 October 2026: 03:00 becomes 02:00, so 02:30 happens at 00:30 and at 01:30 UTC.
+        let mut database = Database::new("30 2 * * *", "Europe/Berlin", "2026-10-24T12:00:00Z");
+        let started = database.live("2026-10-24T12:00:00Z", "2026-10-26T12:00:00Z");
+        assert_eq!(started, ["2026-10-25T00:30:00Z", "2026-10-26T01:30:00Z"]);
+    }
+
+    #[test]
+    fn hourly_runs_every_hour_through_gap_and_fold() {
+        for (from, to) in [
+            ("2026-03-29T00:00:00Z", "2026-03-29T06:00:00Z"),
+            ("2026-10-24T23:00:00Z", "2026-10-25T05:00:00Z"),
+        ] {
+            let mut database = Database::new("@hourly", "Europe/Berlin", from);
+            // The last slot is an hour before `to`; each is late by its jitter alone.
+            assert_eq!(database.live(from, to).len(), 6, "{from}");
+        }
+    }
+
+    #[test]
+    fn a_clock_set_back_repeats_no_slot() {
+        let mut database = Database::new("*/10 * * * *", "UTC", "2026-11-22T00:00:00Z");
+        let first = database.live("2026-11-22T00:05:00Z", "2026-11-22T01:05:00Z");
+        let second = database.live("2026-11-22T00:25:00Z", "2026-11-22T01:05:00Z");
+        assert_eq!((first.len(), second.len()), (7, 0));
+    }
+
+    #[test]
+    fn a_clock_that_was_far_ahead_does_not_stop_the_schedule() {
+        let mut database = Database::new("0 3 * * *", "UTC", "2026-11-20T00:00:00Z");
+        // The clock said 2030 for a while, and a backup was taken.
+        database.slots.insert(at("2030-01-01T03:00:00Z"));
+        assert_eq!(database.live("2026-11-22T02:59:00Z", "2026-11-22T03:30:00Z"), ["2026-11-22T03:00:00Z"]);
+    }
+
+    #[test]
+    fn jitter_is_steady_bounded_and_differs() {
+        let schedule: CronExpression = "@hourly".parse().unwrap();
+        let slot = at("2026-11-22T03:00:00Z");
+        let of = |uid: &str| jitter(&schedule, &TimeZone::UTC, slot, uid);
+        assert_eq!(of("a"), of("a"));
+        let delays: BTreeSet<SignedDuration> = (0..50).map(|i| of(&format!("uid-{i}"))).collect();
+        assert!(delays.len() > 20 && delays.iter().all(|delay| *delay <= JITTER_MAX));
+        let seconds: CronExpression = "*/5 * * * * *".parse().unwrap();
+        assert_eq!(jitter(&seconds, &TimeZone::UTC, slot, "a"), SignedDuration::ZERO);
+    }
+
+    proptest! {
+        // croner walks wall-clock seconds through a gap, which is slow without optimisation.
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        /// Whatever the clock does, a slot with a record never starts, and a start is of a slot in time.
+        #[test]
+        fn a_start_is_always_new_due_and_in_time(
+            steps in proptest::collection::vec(-7200i64..7200, 1..60),
+            expression in prop::sample::select(vec!["*/7 * * * *", "@hourly", "30 2 * * *", "*/20 * * * * *"]),
+            zone_name in prop::sample::select(vec!["UTC", "Europe/Berlin", "Australia/Lord_Howe", "Asia/Tokyo"]),
+        ) {
+            let mut database = Database::new(expression, zone_name, "2026-10-24T12:00:00Z");
+            let mut now = at("2026-10-24T12:00:00Z");
+            for step in steps {
+                now += SignedDuration::from_secs(step);
+                if let Decision::Start { slot, late } = database.decide(now) {
+                    prop_assert!(slot <= now && slot >= database.first_seen && late <= CATCH_UP_DEADLINE);
+                    prop_assert!(database.slots.insert(slot), "slot {} started twice", slot);
+                }
+            }
+        }
     }
 }
