@@ -1,0 +1,71 @@
+# howdah: two commands are all a newcomer needs, `make demo` and `make test`.
+# Everything slow is kept under ~/.cache/howdah by the hash of its inputs, so that a second clone reuses it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+HOWDAH_CACHE ?= $(HOME)/.cache/howdah
+# One target folder for all clones on this machine: foreign crates are compiled once.
+export CARGO_TARGET_DIR ?= $(HOWDAH_CACHE)/cargo-target
+export CARGO_TERM_COLOR ?= auto
+# What `make setup` may have had to install itself.
+export PATH := $(PATH):$(HOME)/.cargo/bin:$(HOWDAH_CACHE)/go/1.26.8/bin
+# The lab that tests and the demo share; another name gives another, independent lab.
+export HOWDAH_LAB ?= main
+
+LAB := $(CARGO_TARGET_DIR)/debug/howdah-lab
+CARGO_DENY_VERSION := 0.20.2
+CARGO_DENY := $(HOWDAH_CACHE)/cargo-tools/cargo-deny-$(CARGO_DENY_VERSION)/bin/cargo-deny
+
+.PHONY: help
+help: ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: ## Install what the lab needs from Debian (named in tests/lab/packages.txt) and the Rust and Go tools
+	@tests/lab/setup.sh
+
+.PHONY: demo
+demo: setup lab-binary ## Set everything up and show the main job on a real cluster
+	$(LAB) demo
+
+.PHONY: test
+test: setup lint test-core test-lab ## Set everything up and run every test
+
+.PHONY: lint
+lint: $(CARGO_DENY) ## Formatting, clippy with warnings denied, dependency policy
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	$(CARGO_DENY) --offline check --hide-inclusion-graph bans licenses sources
+
+$(CARGO_DENY):
+	cargo install --locked --root $(HOWDAH_CACHE)/cargo-tools/cargo-deny-$(CARGO_DENY_VERSION) cargo-deny@$(CARGO_DENY_VERSION)
+
+.PHONY: test-core
+test-core: ## Tests that need no lab: the pure core, unit tests, the tidy tests
+	cargo test --workspace --exclude howdah-lab --locked
+
+.PHONY: test-lab
+test-lab: lab-binary ## Tests on real parts: control plane, Ceph, PostgreSQL, virtual-machine nodes
+	tests/lab/run-tests.sh
+
+.PHONY: lab-binary
+lab-binary:
+	cargo build --locked -p howdah-lab
+
+.PHONY: generate
+generate: ## Write the generated files (CRDs, rule reference, README table) anew
+	HOWDAH_GENERATE=1 cargo test --locked -p howdah-tidy --test generated
+
+.PHONY: up
+up: setup lab-binary ## Bring the lab up with three nodes and howdah in it
+	$(LAB) up --nodes 3
+
+.PHONY: down
+down: ## Take the lab down; nothing of it stays but the caches
+	$(LAB) down
+
+.PHONY: clean
+clean: ## Remove the caches of this machine (foreign builds, node trees, images)
+	rm -rf $(HOWDAH_CACHE)

@@ -1,0 +1,168 @@
+//! The layout is the architecture (docs/ARCHITECTURE.md): these tests fail when an edge or a size breaks it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use cargo_metadata::{DependencyKind, Metadata, MetadataCommand, PackageId};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("tests/tidy has two parents").to_path_buf()
+}
+
+fn metadata() -> Metadata {
+    MetadataCommand::new()
+        .manifest_path(root().join("Cargo.toml"))
+        .other_options(["--locked".to_string(), "--offline".to_string()])
+        .exec()
+        .expect("read cargo metadata")
+}
+
+/// Edges between workspace members that a normal (not dev) build has.
+fn member_edges(metadata: &Metadata) -> BTreeMap<String, BTreeSet<String>> {
+    let members: BTreeSet<String> = metadata.workspace_packages().iter().map(|p| p.name.to_string()).collect();
+    metadata
+        .workspace_packages()
+        .iter()
+        .map(|package| {
+            let edges = package
+                .dependencies
+                .iter()
+                .filter(|d| d.kind != DependencyKind::Development && members.contains(&d.name))
+                .map(|d| d.name.clone())
+                .collect();
+            (package.name.to_string(), edges)
+        })
+        .collect()
+}
+
+#[test]
+fn dependencies_point_one_way() {
+    let allowed: BTreeMap<&str, &[&str]> = BTreeMap::from([
+        ("howdah-core", &[][..]),
+        ("howdah-adapters", &["howdah-core"][..]),
+        ("howdah-certs", &["howdah-core", "howdah-adapters"][..]),
+        ("howdah-webhook", &["howdah-core", "howdah-adapters", "howdah-certs"][..]),
+        ("howdah-scheduler", &["howdah-core", "howdah-adapters"][..]),
+        ("howdah-cli", &["howdah-core", "howdah-adapters"][..]),
+        ("howdah-lab", &["howdah-core", "howdah-adapters"][..]),
+        ("howdah-tidy", &[][..]),
+    ]);
+    for (package, edges) in member_edges(&metadata()) {
+        let permitted = allowed
+            .get(package.as_str())
+            .unwrap_or_else(|| panic!("package {package} is new: give it a place in docs/ARCHITECTURE.md and here"));
+        for edge in edges {
+            assert!(permitted.contains(&edge.as_str()), "{package} must not depend on {edge}");
+        }
+    }
+}
+
+#[test]
+fn core_does_no_io() {
+    let metadata = metadata();
+    let resolve = metadata.resolve.as_ref().expect("metadata has a resolve graph");
+    let by_id: BTreeMap<&PackageId, &str> =
+        metadata.packages.iter().map(|p| (&p.id, p.name.as_str())).collect();
+    let nodes: BTreeMap<&PackageId, _> = resolve.nodes.iter().map(|n| (&n.id, n)).collect();
+    let core = metadata.packages.iter().find(|p| p.name.as_str() == "howdah-core").expect("core exists");
+    let mut seen = BTreeSet::new();
+    let mut open = vec![&core.id];
+    while let Some(id) = open.pop() {
+        if !seen.insert(id) {
+            continue;
+        }
+        for dependency in &nodes[id].deps {
+            if dependency.dep_kinds.iter().any(|k| k.kind == DependencyKind::Normal) {
+                open.push(&dependency.pkg);
+            }
+        }
+    }
+    let names: BTreeSet<&str> = seen.iter().map(|id| by_id[id]).collect();
+    for forbidden in ["tokio", "kube", "kube-client", "k8s-openapi", "axum", "hyper", "rustls", "tokio-postgres", "reqwest"] {
+        assert!(!names.contains(forbidden), "howdah-core reaches {forbidden}; it must stay free of IO");
+    }
+}
+
+#[test]
+fn core_never_asks_the_clock_or_the_system() {
+    for file in rust_files(&root().join("core/src")) {
+        let text = fs::read_to_string(&file).expect("read source");
+        for forbidden in ["Timestamp::now(", "Zoned::now(", "SystemTime::now(", "Instant::now(", "std::fs", "std::net", "std::env", "std::process"] {
+            assert!(!text.contains(forbidden), "{} uses {forbidden}: `now` and IO are parameters in core", file.display());
+        }
+    }
+}
+
+#[test]
+fn one_crypto_provider_in_the_graph() {
+    let metadata = metadata();
+    assert!(metadata.packages.iter().all(|p| p.name.as_str() != "ring"), "ring is in the graph beside aws-lc-rs");
+    assert!(metadata.packages.iter().any(|p| p.name.as_str() == "aws-lc-rs"), "aws-lc-rs is the provider");
+}
+
+#[test]
+fn mains_are_short() {
+    const MOST_LINES: usize = 60;
+    for package in metadata().workspace_packages() {
+        for target in package.targets.iter().filter(|t| t.is_bin()) {
+            let text = fs::read_to_string(&target.src_path).expect("read main");
+            let lines = text.lines().count();
+            assert!(lines < MOST_LINES, "{} has {lines} lines; a main wires and nothing else", target.src_path);
+        }
+    }
+}
+
+#[test]
+fn every_rule_file_stands_in_the_table_and_has_fixtures() {
+    let folder = root().join("core/src/policy");
+    let table: BTreeSet<&str> = howdah_core::policy::RULES.iter().map(|rule| rule.id).collect();
+    let mut files = BTreeSet::new();
+    for file in rust_files(&folder) {
+        let text = fs::read_to_string(&file).expect("read source");
+        if text.contains("const RULE: Rule") {
+            let stem = file.file_stem().and_then(|s| s.to_str()).expect("a file name").replace('_', "-");
+            files.insert(stem);
+        }
+    }
+    assert_eq!(files.iter().map(String::as_str).collect::<BTreeSet<_>>(), table, "rule files and RULES must name the same rules");
+    for id in table {
+        let fixtures = root().join("core/fixtures").join(id);
+        let names: Vec<String> = fs::read_dir(&fixtures)
+            .unwrap_or_else(|error| panic!("rule {id} has no fixture folder {}: {error}", fixtures.display()))
+            .map(|entry| entry.expect("read entry").file_name().to_string_lossy().into_owned())
+            .collect();
+        for kind in ["allow-", "deny-"] {
+            assert!(names.iter().any(|n| n.starts_with(kind)), "rule {id} has no {kind}*.yaml fixture");
+        }
+    }
+}
+
+#[test]
+fn every_version_stands_in_the_workspace_table() {
+    for package in metadata().workspace_packages() {
+        let text = fs::read_to_string(&package.manifest_path).expect("read manifest");
+        for line in text.lines().skip_while(|l| !l.contains("dependencies]")) {
+            let names_version = line.contains(" = \"") || line.contains("version =");
+            assert!(!names_version || line.starts_with('['), "{}: `{line}` names a version; put it in [workspace.dependencies]", package.manifest_path);
+        }
+        assert!(text.contains("[lints]\nworkspace = true"), "{} does not take the workspace's lints", package.manifest_path);
+    }
+}
+
+fn rust_files(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    let mut open = vec![folder.to_path_buf()];
+    while let Some(next) = open.pop() {
+        for entry in fs::read_dir(&next).unwrap_or_else(|e| panic!("list {}: {e}", next.display())) {
+            let path = entry.expect("read entry").path();
+            if path.is_dir() {
+                open.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                files.push(path);
+            }
+        }
+    }
+    files.sort();
+    files
+}
