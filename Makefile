@@ -42,9 +42,13 @@ lint: $(CARGO_DENY) ## Formatting, clippy with warnings denied, dependency polic
 $(CARGO_DENY):
 	cargo install --locked --root $(HOWDAH_CACHE)/cargo-tools/cargo-deny-$(CARGO_DENY_VERSION) cargo-deny@$(CARGO_DENY_VERSION)
 
+# Always the whole workspace, and a filter on targets: with `-p` cargo would choose other features for
+# foreign crates and compile them a second time.
+NO_LAB_TESTS := $(foreach file,$(wildcard */tests/*.rs tests/tidy/tests/*.rs),--test $(basename $(notdir $(file))))
+
 .PHONY: test-core
 test-core: ## Tests that need no lab: the pure core, unit tests, the tidy tests
-	cargo test --workspace --exclude howdah-lab --locked
+	cargo test --workspace --locked --lib --bins $(NO_LAB_TESTS)
 
 .PHONY: test-lab
 test-lab: lab-binary ## Tests on real parts: control plane, Ceph, PostgreSQL, virtual-machine nodes
@@ -52,11 +56,11 @@ test-lab: lab-binary ## Tests on real parts: control plane, Ceph, PostgreSQL, vi
 
 .PHONY: lab-binary
 lab-binary:
-	cargo build --locked -p howdah-lab
+	cargo build --workspace --bins --locked
 
 .PHONY: generate
 generate: ## Write the generated files (CRDs, rule reference, README table) anew
-	HOWDAH_GENERATE=1 cargo test --locked -p howdah-tidy --test generated
+	HOWDAH_GENERATE=1 cargo test --workspace --locked --test generated
 
 .PHONY: up
 up: setup lab-binary ## Bring the lab up with three nodes and howdah in it

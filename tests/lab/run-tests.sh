@@ -23,10 +23,10 @@ trap 'exit 130' INT TERM
 
 run() {
     printf '\n== %s tests\n' "$1" >&2
-    cargo test --locked -p howdah-lab "${@:2}"
+    # The whole workspace and a filter, as in the Makefile: other features would compile foreign crates again.
+    cargo test --workspace --locked "${@:2}"
 }
 
-run "lab crate's own unit" --lib --bins
 run "API level (control plane only)" --test api -- --test-threads="$threads"
 run "storage level (Ceph and PostgreSQL)" --test storage -- --test-threads="$threads"
 "$lab" up --nodes 3
