@@ -14,4 +14,5 @@ pub mod process;
 pub mod progress;
 pub mod requirements;
 pub mod status;
+pub mod testing;
 pub mod up;

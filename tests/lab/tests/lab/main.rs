@@ -1,0 +1,3 @@
+//! The lab's own tests: what later tests stand on.
+
+mod control_plane;
