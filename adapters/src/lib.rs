@@ -6,5 +6,6 @@
 
 pub mod kubernetes;
 pub mod leader;
+pub mod records;
 pub mod shutdown;
 pub mod telemetry;

@@ -1,0 +1,85 @@
+//! The custom resources: one object per operation, its status the journal. The fields are `core`'s types.
+
+use anyhow::Context as _;
+use howdah_core::annotations::Consistency;
+use howdah_core::backup::{BackupStatus, Trigger};
+use jiff::Timestamp;
+use kube::{CustomResource, CustomResourceExt as _, KubeSchema};
+use serde::{Deserialize, Serialize};
+
+/// What is to be backed up. It cannot be changed once the object exists.
+#[derive(Clone, Debug, CustomResource, Deserialize, Serialize, KubeSchema, PartialEq, Eq)]
+#[kube(
+    group = "howdah.dev",
+    version = "v1alpha1",
+    kind = "PostgresBackup",
+    plural = "postgresbackups",
+    shortname = "pgb",
+    category = "howdah",
+    namespaced,
+    status = "BackupStatus",
+    derive = "PartialEq",
+    doc = "One backup of a protected PostgreSQL StatefulSet: a snapshot of its RBD image, and how it was taken.",
+    validation = Rule::new("self.spec == oldSelf.spec").message("a backup's spec cannot be changed: create another PostgresBackup"),
+    printcolumn(name = "Database", type_ = "string", json_path = ".spec.statefulSet"),
+    printcolumn(name = "Consistency", type_ = "string", json_path = ".status.consistency"),
+    printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(name = "Slot", type_ = "string", json_path = ".status.slot"),
+    printcolumn(name = "Snapshot", type_ = "string", json_path = ".status.snapshot.name"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Trigger", type_ = "string", json_path = ".spec.trigger", priority = "1"),
+    printcolumn(name = "Image", type_ = "string", json_path = ".status.image.name", priority = "1"),
+    printcolumn(name = "Failure", type_ = "string", json_path = ".status.failure.reason", priority = "1")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct PostgresBackupSpec {
+    /// The name of the StatefulSet, in the same namespace.
+    #[x_kube(validation = Rule::new("self.size() > 0").message("name the StatefulSet to back up"))]
+    pub stateful_set: String,
+    /// The uid of the StatefulSet the slot belongs to; a set of the same name made later is another database.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stateful_set_uid: Option<String>,
+    /// The instant that the snapshot's name derives from. Absent: when the object was created.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Timestamp>,
+    /// Who asked.
+    #[serde(default)]
+    pub trigger: Trigger,
+    /// The class wanted; anything less is a failure. Absent: what the StatefulSet's annotation says, else the best
+    /// that can be had.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub consistency: Option<Consistency>,
+}
+
+/// The CustomResourceDefinitions of howdah as file name and YAML, as committed in `deploy/base/crds/`.
+///
+/// # Errors
+/// If a definition cannot be written as YAML.
+pub fn crd_yaml() -> anyhow::Result<Vec<(&'static str, String)>> {
+    let definition = PostgresBackup::crd();
+    let yaml =
+        serde_yaml_ng::to_string(&definition).context("write the PostgresBackup definition as YAML")?;
+    let head = "# Generated from adapters/src/records.rs by `cargo run -p howdah-adapters --example write_crds`; do not edit.\n";
+    Ok(vec![("postgresbackups.yaml", format!("{head}{yaml}"))])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_committed_definitions_are_the_generated_ones() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/base/crds");
+        for (name, yaml) in crd_yaml().unwrap() {
+            let committed = std::fs::read_to_string(format!("{folder}/{name}")).unwrap_or_default();
+            assert!(committed == yaml, "{name} is stale: cargo run -p howdah-adapters --example write_crds");
+        }
+    }
+
+    #[test]
+    fn a_backup_made_by_hand_needs_only_the_name() {
+        let spec: PostgresBackupSpec = serde_json::from_str(r#"{"statefulSet": "db"}"#).unwrap();
+        assert_eq!(spec.trigger, Trigger::Manual);
+        assert_eq!(serde_json::to_string(&spec).unwrap(), r#"{"statefulSet":"db","trigger":"Manual"}"#);
+    }
+}
