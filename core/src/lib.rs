@@ -7,6 +7,7 @@ pub mod backup;
 pub mod catalogue;
 pub mod names;
 pub mod policy;
+pub mod preflight;
 pub mod retention;
 pub mod schedule;
 pub mod volume;
