@@ -3,6 +3,7 @@
 
 pub mod args;
 pub mod cache;
+pub mod ceph;
 pub mod control_plane;
 pub mod down;
 pub mod forward;

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::control_plane::{self, Profile};
 use crate::lab::Lab;
-use crate::{netns, process, progress, requirements};
+use crate::{ceph, netns, process, progress, requirements};
 
 /// Another `up` of the same lab may be building everything from nothing; we wait for it rather than fail.
 const LOCK_LIMIT: Duration = Duration::from_secs(45 * 60);
@@ -58,11 +58,11 @@ pub fn run(lab: &Lab, wanted: Wanted) -> Result<()> {
     Ok(())
 }
 
-fn ceph_part(_lab: &Lab, wanted: Wanted) -> Result<()> {
+fn ceph_part(lab: &Lab, wanted: Wanted) -> Result<()> {
     if !wanted.ceph {
         return Ok(());
     }
-    bail!("bring up Ceph: not there yet")
+    progress::step("Ceph ready", || ceph::up(lab))
 }
 
 fn kubernetes_part(lab: &Lab, profile: Profile) -> Result<()> {
