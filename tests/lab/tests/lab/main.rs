@@ -1,3 +1,18 @@
 //! The lab's own tests: what later tests stand on.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics, in its helpers too")]
+
+mod ceph;
 mod control_plane;
+mod down;
+mod requirements;
+mod side_by_side;
+
+use howdah_lab::lab::Lab;
+use howdah_lab::testing::shared_name;
+
+/// A lab for one destructive test, beside the shared one and named after it, so that two test runs of
+/// different names do not meet.
+fn lab_beside(suffix: &str) -> Lab {
+    Lab::named(&format!("{}-{suffix}", shared_name())).unwrap()
+}
