@@ -39,23 +39,29 @@ pub fn run(lab: &Lab, wanted: Wanted) -> Result<()> {
     let begin = Instant::now();
     let profile = open_instance(lab, wanted.profile)?;
     netns::create(lab)?;
-    thread::scope(|scope| {
-        let ceph = scope.spawn(|| ceph_part(lab, wanted));
-        let kubernetes = scope.spawn(|| kubernetes_part(lab, profile));
-        // Both run to their end: what came up stays up for the next try, and both errors are told.
-        let results = [("Kubernetes", kubernetes.join()), ("Ceph", ceph.join())];
-        let mut errors = Vec::new();
-        for (what, result) in results {
-            match result {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => errors.push(format!("{error:#}")),
-                Err(_) => errors.push(format!("bring up {what}: its thread panicked")),
-            }
-        }
-        if errors.is_empty() { Ok(()) } else { Err(anyhow!("{}", errors.join("\nand: "))) }
-    })?;
+    // What needs nothing of each other but the namespace.
+    together(vec![
+        ("control plane", Box::new(|| control_plane_part(lab, profile))),
+        ("Ceph", Box::new(|| ceph_part(lab, wanted))),
+    ])?;
     progress::say(format!("lab {} is up after {:.1} s", lab.name(), begin.elapsed().as_secs_f64()));
     Ok(())
+}
+
+type Part<'a> = (&'static str, Box<dyn FnOnce() -> Result<()> + Send + 'a>);
+
+/// Does all parts at the same time, each to its end: what came up stays up for the next try, and every
+/// failed part's error is told.
+fn together(parts: Vec<Part<'_>>) -> Result<()> {
+    let errors: Vec<String> = thread::scope(|scope| {
+        let running: Vec<_> = parts.into_iter().map(|(what, part)| (what, scope.spawn(part))).collect();
+        let ended = running.into_iter().map(|(what, part)| match part.join() {
+            Ok(result) => result.with_context(|| format!("bring up {what}")),
+            Err(_) => Err(anyhow!("bring up {what}: its thread panicked")),
+        });
+        ended.filter_map(Result::err).map(|error| format!("{error:#}")).collect()
+    });
+    if errors.is_empty() { Ok(()) } else { Err(anyhow!("{}", errors.join("\nand: "))) }
 }
 
 fn ceph_part(lab: &Lab, wanted: Wanted) -> Result<()> {
@@ -65,7 +71,7 @@ fn ceph_part(lab: &Lab, wanted: Wanted) -> Result<()> {
     progress::step("Ceph ready", || ceph::up(lab))
 }
 
-fn kubernetes_part(lab: &Lab, profile: Profile) -> Result<()> {
+fn control_plane_part(lab: &Lab, profile: Profile) -> Result<()> {
     let binary = control_plane::binaries()?.join("howdah-kube");
     progress::step("control plane ready", || control_plane::up(lab, profile, &binary))
 }
