@@ -11,7 +11,7 @@ use clap::{Parser, Subcommand};
 use crate::control_plane::Profile;
 use crate::lab::Lab;
 use crate::up::Wanted;
-use crate::{down, forward, netns, process, status, up};
+use crate::{demo, down, forward, install, netns, process, status, up};
 
 /// A real Kubernetes on real Ceph, on one machine, in its own network namespace.
 #[derive(Debug, Parser)]
@@ -50,6 +50,14 @@ enum Command {
         #[arg(trailing_var_arg = true, required = true, allow_hyphen_values = true)]
         command: Vec<OsString>,
     },
+    /// Install howdah from deploy/overlays/lab, and wait until it serves.
+    Install,
+    /// Show howdah's main job on a real cluster, from nothing to a restored backup.
+    Demo {
+        /// Virtual-machine nodes.
+        #[arg(long, default_value_t = netns::NODES_MAX, value_parser = clap::value_parser!(u8).range(1..=i64::from(netns::NODES_MAX)))]
+        nodes: u8,
+    },
     /// Record this process, then become the command.
     #[command(name = "__run", hide = true)]
     Run {
@@ -79,6 +87,11 @@ impl Args {
             }
             Command::Kubeconfig => kubeconfig(&lab),
             Command::Exec { command } => exec(&lab, &command),
+            Command::Install => install::install(&lab),
+            Command::Demo { nodes } => {
+                process::mark_self(&lab)?;
+                demo::run(&lab, nodes)
+            }
             Command::Run { record, command } => process::run_recorded(&record, &command),
             Command::Forward { listen, target, address_file } => {
                 forward::run(&lab, listen, target, &address_file)

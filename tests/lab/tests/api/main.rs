@@ -1,0 +1,4 @@
+//! Tests that need a real API server and no nodes.
+
+mod deploy;
+mod rbac;
