@@ -195,14 +195,14 @@ fn lock(path: &Path, what: &str) -> Result<File> {
                 return Err(error).with_context(|| format!("lock {}", path.display()));
             }
             Err(fs::TryLockError::WouldBlock) if Instant::now() >= deadline => bail!(
-                "wait for another lab to build {what}: it still holds {} after {} min",
+                "wait for {what}, which somebody else is building: they still hold {} after {} min",
                 path.display(),
                 LOCK_LIMIT.as_secs() / 60
             ),
             Err(fs::TryLockError::WouldBlock) => {}
         }
         if !told {
-            progress::say(format!("waiting for another lab that builds {what}"));
+            progress::say(format!("waiting for {what}, which somebody else is building"));
             told = true;
         }
         thread::sleep(LOCK_POLL);

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, anyhow};
 
 use crate::lab::Lab;
 use crate::netns::{self, BRIDGE_ADDRESS};
-use crate::process::{self, Daemon, Network, output_of, write_atomically};
+use crate::process::{self, Daemon, Network, output_of, output_within, write_atomically};
 
 /// The pool for RBD; Rook's examples call it so.
 pub const POOL: &str = "replicapool";
@@ -31,8 +31,6 @@ const OSD_MEMORY_BYTES: u64 = 939_524_096;
 const PLACEMENT_GROUPS: u32 = 8;
 /// A monitor is up in a second, an OSD in some; this allows for a machine that boots three nodes meanwhile.
 const START_LIMIT: Duration = Duration::from_secs(120);
-/// The same limit for single commands, which wait for the monitor and the OSD by themselves.
-const COMMAND_LIMIT_SECONDS: &str = "120";
 
 /// An entity of Ceph's with what it may do.
 struct Entity {
@@ -63,14 +61,12 @@ pub fn up(lab: &Lab) -> Result<()> {
     MANAGER_DAEMON.ensure(lab)?;
     let osd_uuid = read(lab, "osd.uuid")?;
     // Tells the monitor that there shall be an OSD 0; says so again without harm.
-    ceph(lab, &["osd", "new", &osd_uuid, "0"])?;
+    client(lab, "ceph", &["osd", "new", &osd_uuid, "0"])?;
     let mut osd = OSD_DAEMON.ensure(lab)?;
     let groups = PLACEMENT_GROUPS.to_string();
-    ceph(lab, &["osd", "pool", "create", POOL, &groups, &groups])?;
+    client(lab, "ceph", &["osd", "pool", "create", POOL, &groups, &groups])?;
     // Writes to the pool, so it returns when the OSD serves it.
-    let mut init = lab.command("rbd");
-    init.arg(format!("--rados-osd-op-timeout={COMMAND_LIMIT_SECONDS}")).args(["pool", "init", POOL]);
-    if let Err(error) = netns::within(lab, || output_of(&mut init))? {
+    if let Err(error) = client(lab, "rbd", &["pool", "init", POOL]) {
         return Err(if osd.is_alive() {
             error
         } else {
@@ -80,11 +76,10 @@ pub fn up(lab: &Lab) -> Result<()> {
     write_atomically(&settled, b"")
 }
 
-/// The administrator's `ceph` command, inside the lab, in bounded time.
-fn ceph(lab: &Lab, args: &[&str]) -> Result<String> {
-    let mut command = lab.command("ceph");
-    command.args(["--connect-timeout", COMMAND_LIMIT_SECONDS]).args(args);
-    netns::within(lab, || output_of(&mut command))?
+/// Runs an administrator's command inside the lab. It waits by itself for the monitor and the OSD.
+fn client(lab: &Lab, program: &str, args: &[&str]) -> Result<String> {
+    let mut command = lab.command(program);
+    netns::within(lab, || output_within(command.args(args), START_LIMIT))?
 }
 
 struct CephDaemon {

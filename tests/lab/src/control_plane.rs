@@ -14,9 +14,13 @@ use serde::{Deserialize, Serialize};
 use crate::cache::{self, GoModule};
 use crate::lab::Lab;
 use crate::netns::{self, BRIDGE_ADDRESS};
-use crate::process::{self, Network, output_of};
+use crate::process::{self, Network, output_within};
 use crate::{forward, pki};
 
+/// The apiserver's name among the lab's processes.
+pub const API_SERVER: &str = "kube-apiserver";
+/// The name of the relay from outside to the apiserver.
+pub const API_FORWARD: &str = "api-forward";
 /// The apiserver's port on the bridge.
 pub const API_PORT: u16 = 6443;
 /// Where etcd listens, inside the namespace only.
@@ -29,6 +33,8 @@ const ETCD_LIMIT: Duration = Duration::from_secs(60);
 const API_LIMIT: Duration = Duration::from_secs(120);
 /// Controllers make the first ServiceAccount within seconds of their start.
 const CONTROLLERS_LIMIT: Duration = Duration::from_secs(120);
+/// One question to an apiserver that is coming up; without an answer it is asked again.
+const PROBE_LIMIT: Duration = Duration::from_secs(10);
 /// The release that go/kube requires; without it `/version` is nonsense that clients choke on.
 const VERSION: &str = "v1.36.2";
 
@@ -73,8 +79,8 @@ pub fn up(lab: &Lab, profile: Profile, binary: &Path) -> Result<()> {
     let mut etcd = process::ensure(lab, "etcd", Network::Lab, || etcd_command(lab, binary))?;
     etcd.wait_ready(ETCD_LIMIT, || answers(lab, ETCD))?;
     let mut apiserver =
-        process::ensure(lab, "kube-apiserver", Network::Lab, || Ok(apiserver_command(lab, binary, profile)))?;
-    let address = forward::ensure(lab, "api-forward", SocketAddrV4::new(BRIDGE_ADDRESS, API_PORT))?;
+        process::ensure(lab, API_SERVER, Network::Lab, || Ok(apiserver_command(lab, binary, profile)))?;
+    let address = forward::ensure(lab, API_FORWARD, SocketAddrV4::new(BRIDGE_ADDRESS, API_PORT))?;
     let admin = pki::client_credentials(lab, "admin")?;
     let kubeconfig = pki::kubeconfig(lab, &format!("https://{address}"), &admin)?;
     process::write_atomically(&lab.kubeconfig(), kubeconfig.as_bytes())?;
@@ -122,8 +128,7 @@ fn answers(lab: &Lab, address: SocketAddrV4) -> bool {
 
 fn kubectl_says(lab: &Lab, args: &[&str], wanted: &str) -> bool {
     let mut kubectl = lab.command(lab.path("bin/kubectl"));
-    kubectl.args(["--request-timeout=5s"]).args(args);
-    output_of(&mut kubectl).is_ok_and(|said| said.contains(wanted))
+    output_within(kubectl.args(args), PROBE_LIMIT).is_ok_and(|said| said.contains(wanted))
 }
 
 fn etcd_command(lab: &Lab, binary: &Path) -> Result<Command> {
@@ -150,7 +155,7 @@ fn etcd_command(lab: &Lab, binary: &Path) -> Result<Command> {
 fn apiserver_command(lab: &Lab, binary: &Path, profile: Profile) -> Command {
     let mut command = Command::new(binary);
     command.args([
-        "kube-apiserver",
+        API_SERVER,
         "--bind-address=0.0.0.0",
         "--allow-privileged=true",
         "--authorization-mode=Node,RBAC",

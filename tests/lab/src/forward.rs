@@ -54,6 +54,11 @@ pub fn ensure(lab: &Lab, name: &str, target: SocketAddrV4) -> Result<SocketAddrV
     address.context("read the relay's address")
 }
 
+/// Where the relay `name` listens outside, or did when it last ran.
+pub fn address(lab: &Lab, name: &str) -> Option<SocketAddrV4> {
+    read_address(&address_file(lab, name))
+}
+
 /// The hidden command `__forward`: listens on `listen` (port 0: any), writes the address to `file`, relays
 /// to `target` until it is killed.
 pub fn run(lab: &Lab, listen: SocketAddrV4, target: SocketAddrV4, file: &Path) -> Result<()> {

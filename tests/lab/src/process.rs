@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -29,6 +29,9 @@ const RECORD_LIMIT: Duration = Duration::from_secs(20);
 pub const TERM_LIMIT: Duration = Duration::from_secs(10);
 /// After SIGKILL only the kernel is between us and the end; a process in disk wait may take a moment.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// The longest a command that is run to its end may take: the longest build, from nothing on two busy cores,
+/// took seven minutes.
+const COMMAND_LIMIT: Duration = Duration::from_secs(45 * 60);
 /// How often a condition is looked at again.
 const POLL: Duration = Duration::from_millis(25);
 /// How much of a log is shown when its process fails.
@@ -350,15 +353,55 @@ pub fn kill_all(processes: &[Identity]) -> Result<()> {
     Ok(())
 }
 
-/// Runs a short command to its end and gives what it printed; its error output is the error.
+/// Runs a command to its end and gives what it printed; its error output is the error. A command that takes
+/// longer than any build does is ended.
 pub fn output_of(command: &mut Command) -> Result<String> {
+    output_within(command, COMMAND_LIMIT)
+}
+
+/// [`output_of`] with a limit of the caller's.
+pub fn output_within(command: &mut Command, limit: Duration) -> Result<String> {
     let shown = format!("{} {}", command.get_program().display(), shown_args(command));
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("run {shown}"))?;
-    if !output.status.success() {
-        let message = String::from_utf8_lossy(&output.stderr);
-        return Err(anyhow!("run {shown}: {}: {}", output.status, message.trim()));
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("run {shown}"))?;
+    // Read on threads of their own, or a full pipe would stop the command.
+    let (stdout, stderr) = (collect(child.stdout.take()), collect(child.stderr.take()));
+    let mut status = None;
+    let ended = wait_until(limit, || {
+        status = child.try_wait().transpose();
+        status.is_some()
+    });
+    if !ended {
+        // Not waited for its output: a child of its own may hold the pipes open.
+        let _ = child.kill();
+        let _ = child.wait();
+        bail!("run {shown}: it did not end within {} s", limit.as_secs());
     }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    let status = status.context("read the exit status")?.with_context(|| format!("wait for {shown}"))?;
+    let read = |reader: JoinHandle<Vec<u8>>| {
+        let bytes = reader.join().map_err(|_| anyhow!("read the output of {shown}"))?;
+        Ok::<_, anyhow::Error>(String::from_utf8_lossy(&bytes).into_owned())
+    };
+    let (stdout, stderr) = (read(stdout)?, read(stderr)?);
+    if !status.success() {
+        bail!("run {shown}: {status}: {}", stderr.trim());
+    }
+    Ok(stdout)
+}
+
+fn collect(pipe: Option<impl Read + Send + 'static>) -> JoinHandle<Vec<u8>> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(mut pipe) = pipe {
+            // What came before a read error is still worth showing.
+            let _ = pipe.read_to_end(&mut bytes);
+        }
+        bytes
+    })
 }
 
 /// Polls `condition` until it holds; says whether it did within `limit`.
@@ -450,6 +493,17 @@ mod tests {
         assert_eq!(parse_stat(&stat), Some(('S', 4242)));
         stat.truncate(20);
         assert_eq!(parse_stat(&stat), None);
+    }
+
+    #[test]
+    fn a_command_is_ended_at_its_limit_and_its_error_is_told() {
+        let limit = Duration::from_millis(200);
+        let slow = output_within(Command::new("sleep").arg("60"), limit).unwrap_err().to_string();
+        assert!(slow.contains("run sleep 60: it did not end"), "{slow}");
+        let failed = output_of(Command::new("sh").args(["-c", "echo why >&2; exit 3"])).unwrap_err();
+        assert!(failed.to_string().ends_with("exit status: 3: why"), "{failed}");
+        let large = output_of(Command::new("head").args(["-c", "1000000", "/dev/zero"])).unwrap();
+        assert_eq!(large.len(), 1_000_000);
     }
 
     #[test]

@@ -6,6 +6,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::lab::Lab;
+
 /// Debian packages, one a line, with the reason after `#`.
 const PACKAGES: &str = include_str!("../packages.txt");
 /// Device nodes the lab opens, and how to get them.
@@ -15,8 +17,11 @@ const DEVICES: [(&str, &str); 3] = [
     ("/dev/fuse", "modprobe fuse"),
 ];
 
+/// A lab with three nodes and some databases writes about this much.
+const FREE_BYTES_MIN: u64 = 6 << 30;
+
 /// Fails with everything that is missing, not only the first of it.
-pub fn check() -> Result<()> {
+pub fn check(lab: &Lab) -> Result<()> {
     let mut missing = Vec::new();
     if !nix::unistd::geteuid().is_root() {
         missing.push(
@@ -34,10 +39,25 @@ pub fn check() -> Result<()> {
             missing.push(format!("{device}: run `{cure}`"));
         }
     }
+    if let Some(path) = free_place_missing(lab, FREE_BYTES_MIN) {
+        missing.push(format!(
+            "{} GiB of free disk space at {}: free some, or set HOWDAH_LAB_DIR to a larger place",
+            FREE_BYTES_MIN >> 30,
+            path.display()
+        ));
+    }
     if missing.is_empty() {
         return Ok(());
     }
     bail!("prepare this machine for the lab; it lacks\n  - {}", missing.join("\n  - "))
+}
+
+/// The first existing folder above the lab's, if less than `bytes` are free there.
+fn free_place_missing(lab: &Lab, bytes: u64) -> Option<&Path> {
+    let place = lab.dir().ancestors().find(|path| path.is_dir())?;
+    let found = nix::sys::statvfs::statvfs(place).ok()?;
+    let free = found.blocks_available().saturating_mul(found.fragment_size());
+    (free < bytes).then_some(place)
 }
 
 fn wanted_packages() -> Vec<&'static str> {

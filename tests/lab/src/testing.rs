@@ -14,10 +14,12 @@ use nix::sys::signal::Signal;
 
 use crate::lab::Lab;
 use crate::netns;
-use crate::process::{self, Daemon, Network, TERM_LIMIT, output_of, wait_until};
+use crate::process::{self, Daemon, Network, TERM_LIMIT, output_within, wait_until};
 
 /// A namespace is ready for pods within a second of its creation; under load it takes a few.
 const NAMESPACE_LIMIT: Duration = Duration::from_secs(60);
+/// A command of a test that takes longer hangs: a snapshot of a stalled writer takes 30 s, the longest of all.
+const COMMAND_LIMIT: Duration = Duration::from_secs(180);
 
 /// The lab that tests share: `HOWDAH_LAB`, or `main`.
 pub fn shared_name() -> String {
@@ -72,7 +74,7 @@ impl Lab {
 
     /// Runs kubectl and gives what it printed; fails when it fails.
     pub fn kubectl_ok(&self, args: &[&str]) -> Result<String> {
-        output_of(self.command(self.path("bin/kubectl")).args(args))
+        output_within(self.command(self.path("bin/kubectl")).args(args), COMMAND_LIMIT)
     }
 
     /// `kubectl apply` of one or more objects in YAML.
@@ -110,9 +112,9 @@ impl Lab {
         self.output_inside(self.command("rbd").args(args))
     }
 
-    /// Runs a command to its end in the lab's network namespace; fails when it fails.
+    /// Runs a command to its end in the lab's network namespace; fails when it fails or takes three minutes.
     pub fn output_inside(&self, command: &mut Command) -> Result<String> {
-        netns::within(self, || output_of(command))?
+        netns::within(self, || output_within(command, COMMAND_LIMIT))?
     }
 
     /// Starts a process in the lab's network namespace; its output goes to the lab's logs/NAME.log. One of

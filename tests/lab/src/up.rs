@@ -34,7 +34,7 @@ struct Instance {
 
 /// Brings the lab up to at least what is wanted. What it has beyond that stays.
 pub fn run(lab: &Lab, wanted: Wanted) -> Result<()> {
-    requirements::check()?;
+    requirements::check(lab)?;
     let _lock = lab.lock(LOCK_LIMIT)?;
     let begin = Instant::now();
     let profile = open_instance(lab, wanted.profile)?;
