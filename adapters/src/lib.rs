@@ -4,8 +4,10 @@
 //! `ceph` commands, [`postgres`] the database, [`records`] our custom resources, [`telemetry`] logs, metrics and
 //! health, [`shutdown`] the process itself. Every call has a time limit and an error that a caller can branch on.
 
+pub mod ceph;
 pub mod kubernetes;
 pub mod leader;
+pub mod postgres;
 pub mod records;
 pub mod shutdown;
 pub mod telemetry;
