@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 
 use crate::control_plane::Profile;
 use crate::lab::Lab;
+use crate::storage::glue;
 use crate::up::Wanted;
 use crate::{demo, down, forward, install, netns, process, status, up};
 
@@ -68,6 +69,9 @@ enum Command {
     /// Relay connections into the lab's network namespace.
     #[command(name = "__forward", hide = true)]
     Forward { listen: SocketAddrV4, target: SocketAddrV4, address_file: PathBuf },
+    /// Serve CephClient objects as the Rook operator does.
+    #[command(name = "__rook-glue", hide = true)]
+    RookGlue,
 }
 
 impl Args {
@@ -96,6 +100,7 @@ impl Args {
             Command::Forward { listen, target, address_file } => {
                 forward::run(&lab, listen, target, &address_file)
             }
+            Command::RookGlue => glue::run(&lab),
         }
     }
 }

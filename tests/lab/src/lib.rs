@@ -18,6 +18,7 @@ pub mod progress;
 pub mod repository;
 pub mod requirements;
 pub mod status;
+pub mod storage;
 pub mod story;
 pub mod testing;
 pub mod up;

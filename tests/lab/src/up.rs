@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::control_plane::{self, Profile};
 use crate::lab::Lab;
-use crate::{ceph, netns, process, progress, requirements};
+use crate::{ceph, netns, process, progress, requirements, storage};
 
 /// Another `up` of the same lab may be building everything from nothing; we wait for it rather than fail.
 const LOCK_LIMIT: Duration = Duration::from_secs(45 * 60);
@@ -44,6 +44,9 @@ pub fn run(lab: &Lab, wanted: Wanted) -> Result<()> {
         ("control plane", Box::new(|| control_plane_part(lab, profile))),
         ("Ceph", Box::new(|| ceph_part(lab, wanted))),
     ])?;
+    if wanted.ceph {
+        storage::up(lab)?;
+    }
     progress::say(format!("lab {} is up after {:.1} s", lab.name(), begin.elapsed().as_secs_f64()));
     Ok(())
 }

@@ -1,4 +1,4 @@
-module howdah.dev/lab/csi
+module howdah.dev/lab/howdah-lab-csi
 
 go 1.26.0
 
