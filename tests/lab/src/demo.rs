@@ -208,7 +208,7 @@ impl Demo<'_> {
                 ))
             })?;
         self.shown(&["get", "pgb"])?;
-        self.shown(&["get", "events", "--field-selector", "reason=BackupPruned"])?;
+        self.shown(&["get", "events", "--field-selector", "reason=BackupsPruned"])?;
         let pruned = before.iter().find(|backup| backup.name == pruned).context("find the pruned backup")?;
         let (image, snapshot) = pruned.places()?;
         let snapshots = lab.rbd(&["snap", "ls", &image])?;
