@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 
 use crate::process::{self, Identity};
-use crate::{mounts, progress};
+use crate::{files, mounts, progress};
 
 /// The longest we wait for another lab to finish the same build: the longest build, from nothing on two busy
 /// cores, took seven minutes.
@@ -176,12 +176,7 @@ fn builder_of(name: &str) -> Option<(&str, Identity)> {
 
 fn discard(directory: &Path) -> Result<()> {
     mounts::unmount_below(directory)?;
-    match fs::remove_dir_all(directory) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("remove {}", directory.display()))
-        }
-        _ => Ok(()),
-    }
+    files::remove_tree(directory)
 }
 
 fn lock(path: &Path, what: &str) -> Result<File> {

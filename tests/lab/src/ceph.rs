@@ -2,7 +2,6 @@
 //! namespace, with one pool for RBD.
 
 use std::fs;
-use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
 use std::path::PathBuf;
 use std::process::Command;
@@ -11,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
+use crate::files;
 use crate::lab::Lab;
 use crate::netns::{self, BRIDGE_ADDRESS};
 use crate::process::{self, Daemon, Network, output_of, output_within, write_atomically};
@@ -117,12 +117,7 @@ fn prepare(lab: &Lab) -> Result<()> {
     if done.is_file() {
         return Ok(());
     }
-    match fs::remove_dir_all(&directory) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            return Err(error).with_context(|| format!("remove {}", directory.display()));
-        }
-        _ => {}
-    }
+    files::remove_tree(&directory)?;
     for part in ["mon", "mgr", "osd", "run"] {
         let part = directory.join(part);
         fs::create_dir_all(&part).with_context(|| format!("create {}", part.display()))?;

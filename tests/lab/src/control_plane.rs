@@ -15,7 +15,7 @@ use crate::cache::{self, GoModule};
 use crate::lab::Lab;
 use crate::netns::{self, BRIDGE_ADDRESS};
 use crate::process::{self, Network, output_within};
-use crate::{forward, pki};
+use crate::{files, forward, pki};
 
 /// The apiserver's name among the lab's processes.
 pub const API_SERVER: &str = "kube-apiserver";
@@ -115,7 +115,7 @@ fn link_clients(lab: &Lab, binary: &Path) -> Result<()> {
         return Ok(());
     }
     let fresh = lab.path("bin/.kubectl");
-    let _ = fs::remove_file(&fresh);
+    files::remove_file(&fresh)?;
     std::os::unix::fs::symlink(binary, &fresh).context("link kubectl")?;
     fs::rename(&fresh, &link).context("link kubectl")
 }

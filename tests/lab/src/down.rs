@@ -1,14 +1,12 @@
 //! `howdah-lab down`: leaves no process, mount, loop device, network namespace or file of the lab, whatever
 //! state it is in.
 
-use std::fs;
-use std::io::ErrorKind;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
 use crate::lab::Lab;
-use crate::{cache, mounts, netns, process};
+use crate::{cache, files, mounts, netns, process};
 
 /// An `up` that still runs must be ended by the one who runs it; we only wait out its last moments.
 const LOCK_LIMIT: Duration = Duration::from_secs(5);
@@ -53,10 +51,5 @@ fn remove_directory(lab: &Lab) -> Result<()> {
     if !mounted.is_empty() {
         bail!("remove {}: {} is still mounted", lab.dir().display(), mounted[0].display());
     }
-    match fs::remove_dir_all(lab.dir()) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("remove {}", lab.dir().display()))
-        }
-        _ => Ok(()),
-    }
+    files::remove_tree(lab.dir())
 }

@@ -4,6 +4,7 @@
 //! A socket belongs for ever to the namespace of the thread that opened it, so one process can hold both
 //! ends: a thread of its own sits in the lab's namespace and does nothing but connect.
 
+use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use anyhow::{Context, Result};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, oneshot};
 
+use crate::files;
 use crate::lab::Lab;
 use crate::netns;
 use crate::process::{self, Network, write_atomically};
@@ -25,6 +27,9 @@ const CONNECTIONS_MAX: usize = 512;
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// Time for the relay to write its address.
 const START_LIMIT: Duration = Duration::from_secs(10);
+
+/// The machine's loopback address, and whatever port is free.
+const ANY_PORT: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0);
 
 type Dial = oneshot::Sender<std::io::Result<TcpStream>>;
 
@@ -38,7 +43,9 @@ pub fn ensure(lab: &Lab, name: &str, target: SocketAddrV4) -> Result<SocketAddrV
     if let (true, Some(address)) = (runs, previous) {
         return Ok(address);
     }
-    let listen = previous.unwrap_or(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0));
+    let listen = previous.unwrap_or(ANY_PORT);
+    // What it says may belong to somebody else by now; the relay writes where it really listens.
+    files::remove_file(&file)?;
     let mut daemon = process::ensure(lab, name, Network::Host, || {
         let mut command = process::lab_binary()?;
         command
@@ -59,14 +66,19 @@ pub fn address(lab: &Lab, name: &str) -> Option<SocketAddrV4> {
     read_address(&address_file(lab, name))
 }
 
-/// The hidden command `__forward`: listens on `listen` (port 0: any), writes the address to `file`, relays
+/// The hidden command `__forward`: listens on `listen`, or, if that is taken, on any free port; writes the address to `file`, relays
 /// to `target` until it is killed.
 pub fn run(lab: &Lab, listen: SocketAddrV4, target: SocketAddrV4, file: &Path) -> Result<()> {
     let dialer = start_dialer(lab.clone(), target)?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("start relay")?;
     runtime.block_on(async {
-        let listener = TcpListener::bind(listen).await.with_context(|| format!("listen on {listen}"))?;
+        let listener = match TcpListener::bind(listen).await {
+            // The port it had was taken while it did not run.
+            Err(error) if error.kind() == ErrorKind::AddrInUse => TcpListener::bind(ANY_PORT).await,
+            bound => bound,
+        }
+        .with_context(|| format!("listen on {listen}"))?;
         let address = listener.local_addr().context("read the relay's own address")?;
         write_atomically(file, address.to_string().as_bytes())?;
         let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));

@@ -12,13 +12,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::process;
+use crate::cache::Inputs;
+use crate::{files, process};
 
 /// Where instances live unless `HOWDAH_LAB_DIR` names another parent. /var/tmp and not /tmp: a lab holds
 /// gigabytes of disk images, and /tmp may be memory.
 const DEFAULT_PARENT: &str = "/var/tmp/howdah-lab";
 /// Longest lab name. It becomes part of Unix socket paths, which end at 107 bytes.
 const NAME_LENGTH_MAX: usize = 24;
+/// Digits of a parent's hash in a namespace's name: a handful of parents on one machine do not collide.
+const PARENT_HASH_DIGITS: usize = 6;
 /// How often a waiting command looks again whether the lab's lock is free.
 const LOCK_POLL: Duration = Duration::from_millis(100);
 
@@ -74,9 +77,15 @@ impl Lab {
         self.dir.join(relative)
     }
 
-    /// The name of the lab's network namespace.
+    /// The name of the lab's network namespace. Such names are the machine's, so labs of one name in different
+    /// parents are told apart by their parent's hash.
     pub fn netns(&self) -> String {
-        format!("howdah-{}", self.name)
+        let parent = self.dir.parent().unwrap_or(Path::new("/"));
+        if parent == Path::new(DEFAULT_PARENT) {
+            return format!("howdah-{}", self.name);
+        }
+        let hash = Inputs::new("parent").text("path", &parent.to_string_lossy()).hash();
+        format!("howdah-{}-{}", self.name, &hash[..PARENT_HASH_DIGITS])
     }
 
     /// The admin's kubeconfig, for use from outside the namespace.
@@ -144,12 +153,7 @@ impl Lab {
 impl InstanceLock {
     /// Gives the lock back and removes its file, when the instance is gone.
     pub fn remove(self) -> Result<()> {
-        match fs::remove_file(&self.path) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("remove lock {}", self.path.display()))
-            }
-            _ => Ok(()),
-        }
+        files::remove_file(&self.path)
     }
 }
 
@@ -174,7 +178,9 @@ mod tests {
         }
         let lab = Lab::in_parent("tests-2", Path::new("/x")).unwrap();
         assert_eq!(lab.dir(), Path::new("/x/tests-2"));
-        assert_eq!(lab.netns(), "howdah-tests-2");
+        let other = Lab::in_parent("tests-2", Path::new("/y")).unwrap();
+        assert_ne!(lab.netns(), other.netns(), "two labs of one name in one network");
+        assert_eq!(Lab::in_parent("a", Path::new(DEFAULT_PARENT)).unwrap().netns(), "howdah-a");
     }
 
     #[test]

@@ -7,6 +7,7 @@ pub mod ceph;
 pub mod control_plane;
 pub mod demo;
 pub mod down;
+pub mod files;
 pub mod forward;
 pub mod install;
 pub mod lab;

@@ -15,6 +15,7 @@ use nix::mount::{MntFlags, umount2};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{FsType, statfs};
 
+use crate::files;
 use crate::lab::Lab;
 
 /// The bridge all of the lab hangs on.
@@ -87,12 +88,7 @@ pub fn delete(lab: &Lab) -> Result<()> {
         Ok(()) | Err(Errno::ENOENT | Errno::EINVAL) => {}
         Err(error) => return Err(error).with_context(|| format!("unmount {}", path.display())),
     }
-    match fs::remove_file(&path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("remove {}", path.display()))
-        }
-        _ => Ok(()),
-    }
+    files::remove_file(&path)
 }
 
 /// Moves the whole calling process into the lab's namespace. Only for a process with one thread.

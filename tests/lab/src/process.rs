@@ -17,7 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, setsid};
 
 use crate::lab::Lab;
-use crate::netns;
+use crate::{files, netns};
 
 /// Environment variable that marks every process of an instance; its value is the instance directory.
 pub const MARK: &str = "HOWDAH_LAB_INSTANCE";
@@ -185,7 +185,7 @@ impl Daemon {
                 bail!("end {} (process {}): it outlived SIGKILL", self.name, self.identity.pid);
             }
         }
-        remove_record(&record_path(lab, &self.name))
+        files::remove_file(&record_path(lab, &self.name))
     }
 }
 
@@ -450,15 +450,6 @@ fn record_path(lab: &Lab, name: &str) -> PathBuf {
 
 fn log_path(lab: &Lab, name: &str) -> PathBuf {
     lab.path("logs").join(format!("{name}.log"))
-}
-
-fn remove_record(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("remove {}", path.display()))
-        }
-        _ => Ok(()),
-    }
 }
 
 fn shown_args(command: &Command) -> String {
