@@ -37,6 +37,7 @@ test: setup lint test-core test-lab ## Set everything up and run every test
 lint: $(CARGO_DENY) ## Formatting, clippy with warnings denied, dependency policy
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo fetch --locked --quiet
 	$(CARGO_DENY) --offline check --hide-inclusion-graph bans licenses sources
 
 $(CARGO_DENY):
