@@ -4,6 +4,7 @@
 //! The driver's controller half and Kubernetes' own sidecars are processes in the lab's network namespace;
 //! the node half runs on each node beside its kubelet.
 
+pub mod claim;
 mod driver;
 pub mod glue;
 mod objects;

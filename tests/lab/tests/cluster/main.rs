@@ -8,6 +8,7 @@ use howdah_lab::lab::Lab;
 use howdah_lab::testing::shared_name;
 
 mod installed;
+mod storage;
 
 /// Nodes of the cluster that the tests of this binary share: a majority outlives one.
 const NODES: u8 = 3;

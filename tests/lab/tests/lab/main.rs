@@ -7,6 +7,7 @@ mod control_plane;
 mod down;
 mod requirements;
 mod side_by_side;
+mod storage;
 
 use howdah_lab::lab::Lab;
 use howdah_lab::testing::shared_name;

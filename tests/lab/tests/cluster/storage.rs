@@ -1,0 +1,211 @@
+//! Pods on volumes: what they write stays, and everything that production does to keep two writers apart, or
+//! fails to do, happens here too.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics, in its helpers too")]
+
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use howdah_lab::ceph::POOL;
+use howdah_lab::lab::Lab;
+use howdah_lab::process::wait_until;
+use howdah_lab::storage::NAMESPACE;
+use howdah_lab::storage::claim::Claim;
+use howdah_lab::testing::shared_name;
+use serde_json::json;
+
+const CLASS: &str = "rook-ceph-block";
+const SHARED_CLASS: &str = "rook-ceph-block-shared";
+/// A pod with a fresh volume is up in some 15 s on an emulated node; a busy one, several times that.
+const POD_LIMIT: &str = "--timeout=240s";
+/// For what follows within seconds.
+const SOON: Duration = Duration::from_secs(90);
+/// ceph-csi polls for 56 s before it refuses; kubelet tells of it then.
+const REFUSAL_LIMIT: Duration = Duration::from_secs(180);
+
+/// One node is enough here; where the others' tests have brought up three, these use them.
+fn lab() -> Lab {
+    Lab::open_or_up(&shared_name(), 1).unwrap()
+}
+
+/// Starts a pod that runs `script` with the claim mounted on /data.
+fn start_pod(lab: &Lab, namespace: &str, name: &str, claim: &Claim, script: &str) {
+    let pod = json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": { "name": name, "namespace": namespace },
+        "spec": {
+            "automountServiceAccountToken": false,
+            "terminationGracePeriodSeconds": 1,
+            "securityContext": { "runAsUser": 0 },
+            "containers": [{
+                "name": "pod",
+                "image": "docker.io/library/postgres:15",
+                "imagePullPolicy": "Never",
+                "command": ["/bin/sh", "-c", script],
+                "volumeMounts": [{ "name": "data", "mountPath": "/data" }],
+            }],
+            "volumes": [{ "name": "data", "persistentVolumeClaim": { "claimName": claim.name() } }],
+        },
+    });
+    let applied = lab.kubectl_apply(&pod.to_string()).unwrap();
+    assert!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
+}
+
+fn wait_running(lab: &Lab, namespace: &str, name: &str) {
+    let wanted = ["wait", "-n", namespace, "--for=condition=Ready", &format!("pod/{name}"), POD_LIMIT];
+    if let Err(error) = lab.kubectl_ok(&wanted) {
+        let described = lab.kubectl_ok(&["describe", "pod", name, "-n", namespace]).unwrap_or_default();
+        panic!("{error:#}\n{described}");
+    }
+}
+
+fn delete_pod(lab: &Lab, namespace: &str, name: &str) {
+    lab.kubectl_ok(&["delete", "pod", name, "-n", namespace, POD_LIMIT]).unwrap();
+}
+
+fn exec(lab: &Lab, namespace: &str, name: &str, script: &str) -> String {
+    lab.kubectl_ok(&["exec", "-n", namespace, name, "--", "/bin/sh", "-c", script]).unwrap()
+}
+
+#[test]
+fn data_outlives_its_pod_and_an_idle_volume_is_watched_by_its_node() {
+    let lab = lab();
+    let namespace = lab.namespace("data").unwrap();
+    let namespace = namespace.name();
+    let claim = Claim::create(&lab, namespace, "data", CLASS, "1Gi").unwrap();
+    start_pod(&lab, namespace, "first", &claim, "echo written before >/data/file; sync; exec sleep 3600");
+    wait_running(&lab, namespace, "first");
+    let node = ["get", "pod", "first", "-n", namespace, "-o", "jsonpath={.status.hostIP}"];
+    let node = lab.kubectl_ok(&node).unwrap();
+    let watchers = claim.watchers().unwrap();
+    assert!(matches!(&watchers[..], [one] if one.starts_with(&format!("{node}:"))), "{node}: {watchers:?}");
+    let mounted = exec(&lab, namespace, "first", "grep ' /data ' /proc/mounts");
+    assert!(mounted.starts_with("/dev/rbd") && mounted.contains(" ext4 rw"), "{mounted}");
+
+    delete_pod(&lab, namespace, "first");
+    assert!(wait_until(SOON, || claim.watchers().unwrap().is_empty()), "the image stayed mapped");
+    start_pod(&lab, namespace, "second", &claim, "exec sleep 3600");
+    wait_running(&lab, namespace, "second");
+    assert_eq!(exec(&lab, namespace, "second", "cat /data/file"), "written before\n");
+    delete_pod(&lab, namespace, "second");
+    claim.delete().unwrap();
+}
+
+#[test]
+fn staging_is_refused_while_somebody_else_watches_the_image() {
+    let lab = lab();
+    let namespace = lab.namespace("watched").unwrap();
+    let namespace = namespace.name();
+    let claim = Claim::create(&lab, namespace, "data", CLASS, "1Gi").unwrap();
+    let mut rbd = lab.command("rbd");
+    rbd.args(["watch", &claim.image().unwrap()]);
+    let watcher = lab.spawn_inside(&format!("watcher-{namespace}"), &rbd).unwrap();
+    assert!(wait_until(SOON, || claim.watchers().unwrap().len() == 1));
+
+    start_pod(&lab, namespace, "pod", &claim, "exec sleep 3600");
+    let refusal = format!("rbd image {} is still being used", claim.image().unwrap());
+    let events = ["get", "events", "-n", namespace, "-o", "jsonpath={.items[*].message}"];
+    let told = || lab.kubectl_ok(&events).unwrap();
+    assert!(wait_until(REFUSAL_LIMIT, || told().contains(&refusal)), "{}", told());
+    let phase = ["get", "pod", "pod", "-n", namespace, "-o", "jsonpath={.status.phase}"];
+    assert_eq!(lab.kubectl_ok(&phase).unwrap(), "Pending");
+    assert_eq!(claim.watchers().unwrap().len(), 1, "the node mapped an image that is in use");
+
+    watcher.stop().unwrap();
+    wait_running(&lab, namespace, "pod");
+    delete_pod(&lab, namespace, "pod");
+    claim.delete().unwrap();
+}
+
+#[test]
+fn a_volume_grows_under_its_pod() {
+    let lab = lab();
+    let namespace = lab.namespace("grows").unwrap();
+    let namespace = namespace.name();
+    let claim = Claim::create(&lab, namespace, "data", SHARED_CLASS, "1Gi").unwrap();
+    start_pod(&lab, namespace, "pod", &claim, "echo kept >/data/file; exec sleep 3600");
+    wait_running(&lab, namespace, "pod");
+    let size = |lab: &Lab| -> u64 {
+        exec(lab, namespace, "pod", "df --output=size --block-size=1M /data | tail -n 1")
+            .trim()
+            .parse()
+            .unwrap()
+    };
+    assert!((900..1024).contains(&size(&lab)), "{} MiB", size(&lab));
+    let more = r#"{"spec":{"resources":{"requests":{"storage":"2Gi"}}}}"#;
+    lab.kubectl_ok(&["patch", "pvc", "data", "-n", namespace, "--patch", more]).unwrap();
+    let grown = "--for=jsonpath={.status.capacity.storage}=2Gi";
+    lab.kubectl_ok(&["wait", "pvc/data", "-n", namespace, grown, POD_LIMIT]).unwrap();
+    assert!((1900..2048).contains(&size(&lab)), "{} MiB", size(&lab));
+    assert_eq!(exec(&lab, namespace, "pod", "cat /data/file"), "kept\n");
+    delete_pod(&lab, namespace, "pod");
+    claim.delete().unwrap();
+}
+
+#[test]
+fn a_snapshot_by_an_identity_that_cannot_blocklist_does_not_disturb_the_writer() {
+    let lab = lab();
+    let namespace = lab.namespace("snapped").unwrap();
+    let namespace = namespace.name();
+    let claim = Claim::create(&lab, namespace, "data", CLASS, "1Gi").unwrap();
+    let writer = "n=0; while n=$((n + 1)) && echo $n >/data/next && sync /data/next && mv /data/next /data/count; \
+                  do sleep 0.2; done; echo failed >&2; exit 1";
+    start_pod(&lab, namespace, "writer", &claim, writer);
+    wait_running(&lab, namespace, "writer");
+    let count = || -> u64 { exec(&lab, namespace, "writer", "cat /data/count").trim().parse().unwrap_or(0) };
+    assert!(wait_until(SOON, || count() > 3), "the writer does not write");
+
+    let user = format!("client.{namespace}");
+    let key = lab
+        .ceph(&[
+            "auth",
+            "get-or-create-key",
+            &user,
+            "mon",
+            "allow r",
+            "osd",
+            &format!("profile rbd pool={POOL}"),
+        ])
+        .unwrap();
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(key.trim().as_bytes()).unwrap();
+    let snapshot = format!("{}@while-written", claim.image().unwrap());
+    let rbd = |arguments: &[&str]| {
+        let mut command = lab.command("rbd");
+        command.args(["--id", namespace, "--keyfile"]).arg(file.path()).args(arguments);
+        lab.output_inside(&mut command)
+    };
+    let before = count();
+    let begin = Instant::now();
+    rbd(&["snap", "create", "--no-progress", &snapshot]).unwrap();
+    println!("snapshot of a written image: duration_ms={}", begin.elapsed().as_millis());
+    assert!(wait_until(SOON, || count() > before + 3), "the writer stopped at {before}");
+    let restarts = [
+        "get",
+        "pod",
+        "writer",
+        "-n",
+        namespace,
+        "-o",
+        "jsonpath={.status.containerStatuses[0].restartCount}",
+    ];
+    assert_eq!(lab.kubectl_ok(&restarts).unwrap(), "0");
+    let blocked = lab.ceph(&["osd", "blocklist", "ls"]).unwrap();
+    let node = claim.watchers().unwrap().concat();
+    assert!(!node.is_empty() && !blocked.contains(&node), "{node} in {blocked}");
+
+    rbd(&["snap", "rm", "--no-progress", &snapshot]).unwrap();
+    lab.ceph(&["auth", "del", &user]).unwrap();
+    delete_pod(&lab, namespace, "writer");
+    claim.delete().unwrap();
+}
+
+#[test]
+fn the_toolbox_answers_for_the_administrator() {
+    let lab = lab();
+    let rollout = ["rollout", "status", "-n", NAMESPACE, "deployment/rook-ceph-tools", POD_LIMIT];
+    lab.kubectl_ok(&rollout).unwrap();
+    let pools = ["exec", "-n", NAMESPACE, "deployment/rook-ceph-tools", "--", "ceph", "osd", "lspools"];
+    assert!(lab.kubectl_ok(&pools).unwrap().contains(POOL));
+}
