@@ -1,5 +1,6 @@
 //! A test's own PersistentVolumeClaim and the RBD image behind it.
 
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -13,6 +14,9 @@ use crate::process::wait_until;
 const BIND_LIMIT: Duration = Duration::from_secs(120);
 /// Deleting waits for the manager's background task, and for a pod that is still unmounting.
 const DELETE_LIMIT: Duration = Duration::from_secs(180);
+
+/// Between two looks that take a Ceph or kubectl command each, whose start-up is what a test mostly costs.
+const PAUSE: Duration = Duration::from_millis(500);
 
 /// A bound claim.
 #[derive(Clone, Debug)]
@@ -46,7 +50,7 @@ impl Claim {
     /// The claim `name`, made by somebody else, for instance by a StatefulSet; waits until it is bound.
     pub fn bound(lab: &Lab, namespace: &str, name: &str) -> Result<Self> {
         let mut volume = String::new();
-        wait_until(BIND_LIMIT, || {
+        wait_slowly(BIND_LIMIT, || {
             let wanted =
                 ["get", "pvc", name, "-n", namespace, "-o", "jsonpath={.spec.volumeName} {.status.phase}"];
             let said = lab.kubectl_ok(&wanted).unwrap_or_default();
@@ -112,7 +116,7 @@ impl Claim {
         let image = self.image()?;
         self.delete_volume()?;
         let (_, image) = image.split_once('/').context("take the image's name apart")?;
-        let gone = wait_until(DELETE_LIMIT, || self.traces(image).is_ok_and(|traces| traces.is_empty()));
+        let gone = wait_slowly(DELETE_LIMIT, || self.traces(image).is_ok_and(|traces| traces.is_empty()));
         if !gone {
             bail!("wait for image {image} to be gone: {:?}", self.traces(image)?);
         }
@@ -140,6 +144,17 @@ impl Claim {
             .map(|(place, _, name)| format!("{place} {name}"))
             .collect())
     }
+}
+
+/// Polls a condition that is costly to look at; says whether it held within `limit`.
+pub fn wait_slowly(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    wait_until(limit, || {
+        let holds = condition();
+        if !holds {
+            thread::sleep(PAUSE);
+        }
+        holds
+    })
 }
 
 /// Runs the `rados` command on the pool and gives what it printed.

@@ -8,9 +8,8 @@ use std::time::{Duration, Instant};
 
 use howdah_lab::ceph::POOL;
 use howdah_lab::lab::Lab;
-use howdah_lab::process::wait_until;
 use howdah_lab::storage::NAMESPACE;
-use howdah_lab::storage::claim::Claim;
+use howdah_lab::storage::claim::{Claim, wait_slowly};
 use howdah_lab::testing::shared_name;
 use serde_json::json;
 
@@ -84,7 +83,7 @@ fn data_outlives_its_pod_and_an_idle_volume_is_watched_by_its_node() {
     assert!(mounted.starts_with("/dev/rbd") && mounted.contains(" ext4 rw"), "{mounted}");
 
     delete_pod(&lab, namespace, "first");
-    assert!(wait_until(SOON, || claim.watchers().unwrap().is_empty()), "the image stayed mapped");
+    assert!(wait_slowly(SOON, || claim.watchers().unwrap().is_empty()), "the image stayed mapped");
     start_pod(&lab, namespace, "second", &claim, "exec sleep 3600");
     wait_running(&lab, namespace, "second");
     assert_eq!(exec(&lab, namespace, "second", "cat /data/file"), "written before\n");
@@ -101,13 +100,13 @@ fn staging_is_refused_while_somebody_else_watches_the_image() {
     let mut rbd = lab.command("rbd");
     rbd.args(["watch", &claim.image().unwrap()]);
     let watcher = lab.spawn_inside(&format!("watcher-{namespace}"), &rbd).unwrap();
-    assert!(wait_until(SOON, || claim.watchers().unwrap().len() == 1));
+    assert!(wait_slowly(SOON, || claim.watchers().unwrap().len() == 1));
 
     start_pod(&lab, namespace, "pod", &claim, "exec sleep 3600");
     let refusal = format!("rbd image {} is still being used", claim.image().unwrap());
     let events = ["get", "events", "-n", namespace, "-o", "jsonpath={.items[*].message}"];
     let told = || lab.kubectl_ok(&events).unwrap();
-    assert!(wait_until(REFUSAL_LIMIT, || told().contains(&refusal)), "{}", told());
+    assert!(wait_slowly(REFUSAL_LIMIT, || told().contains(&refusal)), "{}", told());
     let phase = ["get", "pod", "pod", "-n", namespace, "-o", "jsonpath={.status.phase}"];
     assert_eq!(lab.kubectl_ok(&phase).unwrap(), "Pending");
     assert_eq!(claim.watchers().unwrap().len(), 1, "the node mapped an image that is in use");
@@ -154,7 +153,7 @@ fn a_snapshot_by_an_identity_that_cannot_blocklist_does_not_disturb_the_writer()
     start_pod(&lab, namespace, "writer", &claim, writer);
     wait_running(&lab, namespace, "writer");
     let count = || -> u64 { exec(&lab, namespace, "writer", "cat /data/count").trim().parse().unwrap_or(0) };
-    assert!(wait_until(SOON, || count() > 3), "the writer does not write");
+    assert!(wait_slowly(SOON, || count() > 3), "the writer does not write");
 
     let user = format!("client.{namespace}");
     let key = lab
@@ -180,7 +179,7 @@ fn a_snapshot_by_an_identity_that_cannot_blocklist_does_not_disturb_the_writer()
     let begin = Instant::now();
     rbd(&["snap", "create", "--no-progress", &snapshot]).unwrap();
     println!("snapshot of a written image: duration_ms={}", begin.elapsed().as_millis());
-    assert!(wait_until(SOON, || count() > before + 3), "the writer stopped at {before}");
+    assert!(wait_slowly(SOON, || count() > before + 3), "the writer stopped at {before}");
     let restarts = [
         "get",
         "pod",

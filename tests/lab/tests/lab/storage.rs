@@ -6,9 +6,8 @@ use std::time::Duration;
 
 use howdah_lab::ceph::POOL;
 use howdah_lab::lab::Lab;
-use howdah_lab::process::wait_until;
 use howdah_lab::repository;
-use howdah_lab::storage::claim::{Claim, rados};
+use howdah_lab::storage::claim::{Claim, rados, wait_slowly};
 use howdah_lab::storage::{DRIVER, NAMESPACE};
 use howdah_lab::testing::shared_name;
 use serde_json::{Value, json};
@@ -114,7 +113,7 @@ fn deleting_a_volume_removes_the_image_whose_id_the_journal_holds() {
         }
         claim.delete_volume().unwrap();
         let (removed, left) = if journal_follows { (&new, &old) } else { (&old, &new) };
-        let gone = wait_until(BACKGROUND_LIMIT, || !in_trash(&lab, removed));
+        let gone = wait_slowly(BACKGROUND_LIMIT, || !in_trash(&lab, removed));
         assert!(gone, "journal follows: {journal_follows}");
         assert!(in_trash(&lab, left), "journal follows: {journal_follows}");
         lab.rbd(&["trash", "rm", "--no-progress", &format!("{POOL}/{left}")]).unwrap();
@@ -137,7 +136,7 @@ fn a_deleted_volume_with_a_snapshot_waits_in_the_trash() {
     lab.rbd(&["snap", "rm", "--no-progress", "--pool", POOL, "--image-id", &id, "--snap", "kept"]).unwrap();
     // The manager's own next try may come first.
     let _ = lab.rbd(&["trash", "rm", "--no-progress", &format!("{POOL}/{id}")]);
-    assert!(wait_until(BACKGROUND_LIMIT, || !in_trash(&lab, &id)));
+    assert!(wait_slowly(BACKGROUND_LIMIT, || !in_trash(&lab, &id)));
 }
 
 #[test]
@@ -175,7 +174,7 @@ fn a_cephclient_is_a_user_with_exactly_its_capabilities() {
 
     object["spec"]["caps"] = json!({ "mon": "allow r" });
     apply(&object);
-    assert!(wait_until(BACKGROUND_LIMIT, || caps() == json!({ "mon": "allow r" })), "{}", caps());
+    assert!(wait_slowly(BACKGROUND_LIMIT, || caps() == json!({ "mon": "allow r" })), "{}", caps());
     lab.kubectl_ok(&["delete", "-n", NAMESPACE, "cephclient", &name, "--timeout=90s"]).unwrap();
     assert!(caps().is_null(), "the user outlived its object");
     let secret = ["wait", "-n", NAMESPACE, "--for=delete", &format!("secret/{secret}"), "--timeout=90s"];
