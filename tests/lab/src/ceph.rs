@@ -14,6 +14,7 @@ use crate::files;
 use crate::lab::Lab;
 use crate::netns::{self, BRIDGE_ADDRESS};
 use crate::process::{self, Daemon, Network, output_of, output_within, write_atomically};
+use crate::storage::users::ENTITIES;
 
 /// The pool for RBD; Rook's examples call it so.
 pub const POOL: &str = "replicapool";
@@ -31,6 +32,9 @@ const OSD_MEMORY_BYTES: u64 = 939_524_096;
 const PLACEMENT_GROUPS: u32 = 8;
 /// A monitor is up in a second, an OSD in some; this allows for a machine that boots three nodes meanwhile.
 const START_LIMIT: Duration = Duration::from_secs(120);
+
+/// Everybody whom Ceph knows from its first moment.
+const INITIAL_KEYRING: &str = "initial.keyring";
 
 /// An entity of Ceph's with what it may do.
 struct Entity {
@@ -74,6 +78,25 @@ pub fn up(lab: &Lab) -> Result<()> {
         });
     }
     write_atomically(&settled, b"")
+}
+
+/// The Ceph cluster's id.
+pub fn fsid(lab: &Lab) -> Result<String> {
+    let configuration = read(lab, "ceph.conf")?;
+    let fsid = configuration.lines().find_map(|line| line.strip_prefix("fsid = "));
+    fsid.map(str::to_owned).context("find fsid in the lab's ceph.conf")
+}
+
+/// The key of one of those whom Ceph knows from its first moment, for instance `client.admin`.
+pub fn key(lab: &Lab, entity: &str) -> Result<String> {
+    let keyring = read(lab, INITIAL_KEYRING)?;
+    key_of(&keyring, entity).with_context(|| format!("find {entity} in the lab's first keyring"))
+}
+
+fn key_of(keyring: &str, entity: &str) -> Option<String> {
+    let header = format!("[{entity}]");
+    let mut lines = keyring.lines().skip_while(|line| *line != header);
+    lines.nth(1)?.trim().strip_prefix("key = ").map(str::to_owned)
 }
 
 /// Runs an administrator's command inside the lab. It waits by itself for the monitor and the OSD.
@@ -141,7 +164,7 @@ fn make_monitor_store(lab: &Lab, fsid: &str) -> Result<()> {
     monmaptool.args(["--create", "--fsid", fsid, "--addv", MONITOR, &addresses]).arg(&map);
     output_of(&mut monmaptool)?;
     let mut make = MONITOR_DAEMON.command(lab);
-    make.arg("--mkfs").arg("--monmap").arg(&map).arg("--keyring").arg(lab.path("ceph/initial.keyring"));
+    make.arg("--mkfs").arg("--monmap").arg(&map).arg("--keyring").arg(lab.path("ceph").join(INITIAL_KEYRING));
     output_of(&mut make).map(drop)
 }
 
@@ -160,9 +183,12 @@ fn write_keyrings(lab: &Lab) -> Result<()> {
     let manager = entity("mgr.x", &[("mon", "allow profile mgr"), ("osd", "allow *"), ("mds", "allow *")])?;
     let osd =
         entity("osd.0", &[("mon", "allow profile osd"), ("mgr", "allow profile osd"), ("osd", "allow *")])?;
+    let mut initial = vec![&monitor, &admin, &manager, &osd];
+    let rook = ENTITIES.iter().map(|(name, caps)| entity(name, caps)).collect::<Result<Vec<_>>>()?;
+    initial.extend(&rook);
     // The monitor takes all of them into its store when the store is made, so nobody has to be added later.
     for (file, entities) in [
-        ("initial.keyring", &[&monitor, &admin, &manager, &osd][..]),
+        (INITIAL_KEYRING, &initial[..]),
         ("keyring", &[&admin]),
         ("mgr/keyring", &[&manager]),
         ("osd/keyring", &[&osd]),
@@ -247,4 +273,20 @@ fn configuration(lab: &Lab, fsid: &str) -> String {
 fn read(lab: &Lab, file: &str) -> Result<String> {
     let path = lab.path("ceph").join(file);
     fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_entity_finds_its_own_key() {
+        let caps: &[_] = &[("mon", "allow *")];
+        let entities =
+            ["mon.", "client.admin"].map(|name| Entity { name, key: format!("key-of-{name}=="), caps });
+        let keyring: String = entities.iter().map(keyring_section).collect();
+        assert_eq!(key_of(&keyring, "mon.").unwrap(), "key-of-mon.==");
+        assert_eq!(key_of(&keyring, "client.admin").unwrap(), "key-of-client.admin==");
+        assert_eq!(key_of(&keyring, "client.a"), None);
+    }
 }

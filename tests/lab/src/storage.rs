@@ -8,7 +8,7 @@ pub mod claim;
 mod driver;
 pub mod glue;
 mod objects;
-mod users;
+pub(crate) mod users;
 
 use std::thread;
 
@@ -32,7 +32,7 @@ pub fn up(lab: &Lab) -> Result<()> {
     progress::step("storage ready", || {
         thread::scope(|scope| {
             let objects = scope.spawn(|| {
-                objects::apply(lab, &users::create(lab)?)?;
+                objects::apply(lab, &users::keys(lab)?)?;
                 // After the CephClient resource exists: a watch that fails is only tried again much later.
                 glue::ensure(lab)
             });
