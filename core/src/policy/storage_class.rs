@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::claims::{class_named_by, data_claims, resolve};
 use super::{ClusterFacts, Filling, Finding, Refusal, Rule, Subject, Target, json as raw};
+use crate::volume::is_rbd_driver;
 
 /// The rule.
 pub const RULE: Rule = Rule {
@@ -31,15 +32,13 @@ pub const RULE: Rule = Rule {
     }),
 };
 
-/// ceph-csi's own driver name; Rook puts the namespace of its operator in front, with a dot.
-const RBD_DRIVER: &str = "rbd.csi.ceph.com";
 const WANTED: &str = "a class of Ceph RBD (provisioner rbd.csi.ceph.com or *.rbd.csi.ceph.com)";
 
 fn check(subject: &Subject<'_>) -> Vec<Finding> {
     let mut findings = Vec::new();
     for claim in data_claims(subject.object) {
         match resolve(&claim, subject.namespace, subject.facts) {
-            Ok(backing) if is_rbd(&backing.provisioner) => {}
+            Ok(backing) if is_rbd_driver(&backing.provisioner) => {}
             Ok(backing) => {
                 let found = format!("{} of {}", backing.what, backing.provisioner);
                 findings.push(Finding::new(claim.field, found, WANTED));
@@ -50,13 +49,6 @@ fn check(subject: &Subject<'_>) -> Vec<Finding> {
         }
     }
     findings
-}
-
-fn is_rbd(provisioner: &str) -> bool {
-    match provisioner.strip_suffix(RBD_DRIVER) {
-        Some(prefix) => prefix.is_empty() || (prefix.len() > 1 && prefix.ends_with('.')),
-        None => false,
-    }
 }
 
 fn fill(object: &mut Value, facts: &ClusterFacts) {
@@ -129,18 +121,6 @@ mod tests {
     fn of_claim(name: &str) -> Vec<String> {
         let volumes = json!([{"name": "data", "persistentVolumeClaim": {"claimName": name}}]);
         found(json!({"template": {"spec": {"volumes": volumes}}}), &facts())
-    }
-
-    #[test]
-    fn drivers_of_ceph_rbd_are_known_by_their_name() {
-        for good in ["rbd.csi.ceph.com", "rook-ceph.rbd.csi.ceph.com", "a.b.rbd.csi.ceph.com"] {
-            assert!(is_rbd(good), "{good}");
-        }
-        for bad in
-            ["", ".rbd.csi.ceph.com", "notrbd.csi.ceph.com", "rbd.csi.ceph.com.evil", "cephfs.csi.ceph.com"]
-        {
-            assert!(!is_rbd(bad), "{bad}");
-        }
     }
 
     #[test]

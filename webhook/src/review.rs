@@ -1,0 +1,345 @@
+//! The wire format: an AdmissionReview of admission.k8s.io/v1 in, an AdmissionReview out. No IO.
+//!
+//! Objects stay raw JSON: a typed round trip would drop the fields that this build does not know.
+
+use base64::Engine as _;
+use howdah_core::policy::{Operation, Request, Target, Verdict};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+/// The one version of the API that is spoken.
+const API_VERSION: &str = "admission.k8s.io/v1";
+/// What the API server calls a review.
+const KIND: &str = "AdmissionReview";
+
+/// A request to review.
+#[derive(Debug)]
+pub struct Review {
+    /// Names the request; the answer has to repeat it.
+    pub uid: String,
+    /// What is done.
+    pub operation: Operation,
+    /// What it is done to.
+    pub target: Target,
+    /// Namespace of the object.
+    pub namespace: String,
+    /// Name of the object, empty when it is generated on creation.
+    pub name: String,
+    /// Who asks.
+    pub user: String,
+    /// Whether nothing is going to be stored.
+    pub dry_run: bool,
+    /// The object as it is going to be.
+    pub object: Option<Value>,
+    /// The object as it is.
+    pub old_object: Option<Value>,
+}
+
+impl Review {
+    /// The part that the policy judges.
+    #[must_use]
+    pub fn request(&self) -> Request<'_> {
+        Request {
+            operation: self.operation,
+            target: self.target,
+            namespace: &self.namespace,
+            name: &self.name,
+            object: self.object.as_ref(),
+            old_object: self.old_object.as_ref(),
+        }
+    }
+}
+
+/// A body that is no review.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Malformed {
+    /// The uid, where at least that could be read.
+    pub uid: Option<String>,
+    /// What is wrong, naming the field.
+    pub problem: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct WireRequest {
+    #[serde(default)]
+    uid: String,
+    resource: WireResource,
+    #[serde(default)]
+    sub_resource: String,
+    operation: String,
+    #[serde(default)]
+    namespace: String,
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    user_info: WireUser,
+    #[serde(default)]
+    dry_run: Option<bool>,
+    #[serde(default)]
+    object: Value,
+    #[serde(default)]
+    old_object: Value,
+}
+
+#[derive(Deserialize)]
+struct WireResource {
+    #[serde(default)]
+    group: String,
+    resource: String,
+}
+
+#[derive(Deserialize, Default)]
+struct WireUser {
+    #[serde(default)]
+    username: String,
+}
+
+/// Reads a body.
+///
+/// # Errors
+/// If it is no AdmissionReview of v1, or asks about something the webhook configurations do not send.
+pub fn decode(body: &[u8]) -> Result<Review, Malformed> {
+    let nameless = |problem: String| Malformed { uid: None, problem };
+    let mut review: Value =
+        serde_json::from_slice(body).map_err(|error| nameless(format!("the body is no JSON: {error}")))?;
+    let uid = review["request"]["uid"].as_str().filter(|uid| !uid.is_empty()).map(str::to_owned);
+    let malformed = |problem: String| Malformed { uid: uid.clone(), problem };
+    for (field, wanted) in [("apiVersion", API_VERSION), ("kind", KIND)] {
+        if review[field] != wanted {
+            return Err(malformed(format!("{field} is {}, wanted {wanted}", shown(&review[field]))));
+        }
+    }
+    let request = match review.get_mut("request") {
+        Some(request @ Value::Object(_)) => request.take(),
+        other => {
+            return Err(malformed(format!(
+                "request is {}, wanted an object",
+                shown(other.as_deref().unwrap_or(&Value::Null))
+            )));
+        }
+    };
+    let request: WireRequest = serde_json::from_value(request)
+        .map_err(|error| malformed(format!("request cannot be read: {error}")))?;
+    let Some(uid) = uid.clone() else {
+        return Err(malformed("request.uid is absent; without it there is no answer".to_owned()));
+    };
+    debug_assert_eq!(uid, request.uid);
+    let target = match (
+        request.resource.group.as_str(),
+        request.resource.resource.as_str(),
+        request.sub_resource.as_str(),
+    ) {
+        ("apps", "statefulsets", "") => Target::StatefulSet,
+        ("apps", "statefulsets", "scale") => Target::Scale,
+        (group, resource, subresource) => {
+            let found = format!("{group}/{resource}/{subresource}");
+            return Err(malformed(format!(
+                "request.resource is {found}, wanted apps/statefulsets or its scale"
+            )));
+        }
+    };
+    let operation = match request.operation.as_str() {
+        "CREATE" => Operation::Create,
+        "UPDATE" => Operation::Update,
+        "DELETE" | "CONNECT" => Operation::Other,
+        other => {
+            return Err(malformed(format!(
+                "request.operation is {other:?}, wanted CREATE, UPDATE, DELETE or CONNECT"
+            )));
+        }
+    };
+    let object = |value: Value, field: &str| match value {
+        Value::Null => Ok(None),
+        Value::Object(_) => Ok(Some(value)),
+        other => Err(malformed(format!("request.{field} is {}, wanted an object", shown(&other)))),
+    };
+    let old_object = object(request.old_object, "oldObject")?;
+    let object = object(request.object, "object")?;
+    let needs_object = matches!(operation, Operation::Create | Operation::Update);
+    if needs_object && object.is_none() {
+        return Err(malformed(format!("request.object is absent in an {}", request.operation)));
+    }
+    if operation == Operation::Update && old_object.is_none() {
+        return Err(malformed("request.oldObject is absent in an UPDATE".to_owned()));
+    }
+    Ok(Review {
+        uid,
+        operation,
+        target,
+        namespace: request.namespace,
+        name: request.name,
+        user: request.user_info.username,
+        dry_run: request.dry_run.unwrap_or(false),
+        object,
+        old_object,
+    })
+}
+
+/// The answer that carries a verdict.
+#[must_use]
+pub fn answer(review: &Review, verdict: &Verdict) -> Value {
+    let mut response = json!({"uid": review.uid, "allowed": verdict.allowed});
+    if !verdict.allowed {
+        let causes: Vec<Value> = verdict
+            .causes
+            .iter()
+            .map(|cause| json!({"reason": cause.rule, "field": cause.field, "message": cause.message}))
+            .collect();
+        let reason = if verdict.code == 422 { "Invalid" } else { "Forbidden" };
+        response["status"] = status(verdict.code, reason, &verdict.message);
+        response["status"]["details"] =
+            json!({"group": "apps", "kind": "statefulsets", "name": review.name, "causes": causes});
+    }
+    if !verdict.warnings.is_empty() {
+        response["warnings"] = json!(verdict.warnings);
+    }
+    if !verdict.audit_annotations.is_empty() {
+        response["auditAnnotations"] = json!(verdict.audit_annotations);
+    }
+    if let Some(patch) = &verdict.patch {
+        let text = json!(patch).to_string();
+        response["patchType"] = json!("JSONPatch");
+        response["patch"] = json!(base64::engine::general_purpose::STANDARD.encode(text));
+    }
+    envelope(response)
+}
+
+/// The answer to a review that cannot be judged now, because the cluster did not answer a question about it.
+#[must_use]
+pub fn not_now(review: &Review, problem: &str) -> Value {
+    let message = format!("howdah cannot judge this now: {problem}; try again");
+    let status = status(429, "TooManyRequests", &message);
+    envelope(json!({"uid": review.uid, "allowed": false, "status": status}))
+}
+
+/// The answer to something that is no review, where at least its uid is known.
+#[must_use]
+pub fn refusal(uid: &str, problem: &str) -> Value {
+    let status = status(400, "BadRequest", &format!("howdah cannot read this review: {problem}"));
+    envelope(json!({"uid": uid, "allowed": false, "status": status}))
+}
+
+fn status(code: u16, reason: &str, message: &str) -> Value {
+    json!({"status": "Failure", "code": code, "reason": reason, "message": message})
+}
+
+fn envelope(response: Value) -> Value {
+    json!({"apiVersion": API_VERSION, "kind": KIND, "response": response})
+}
+
+/// A value for a message, short.
+fn shown(value: &Value) -> String {
+    const CHARS_MAX: usize = 60;
+    match value {
+        Value::Null => "absent".to_owned(),
+        Value::Object(_) => "an object".to_owned(),
+        Value::Array(_) => "a list".to_owned(),
+        other => other.to_string().chars().take(CHARS_MAX).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn body(change: impl FnOnce(&mut Value)) -> Vec<u8> {
+        let mut review = json!({
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "request": {
+                "uid": "42",
+                "resource": {"group": "apps", "version": "v1", "resource": "statefulsets"},
+                "operation": "UPDATE",
+                "namespace": "shop",
+                "name": "orders",
+                "userInfo": {"username": "eve"},
+                "dryRun": true,
+                "object": {"unknown": {"field": 1}},
+                "oldObject": {},
+            },
+        });
+        change(&mut review);
+        serde_json::to_vec(&review).unwrap()
+    }
+
+    fn problem(change: impl FnOnce(&mut Value)) -> (Option<String>, String) {
+        let malformed = decode(&body(change)).unwrap_err();
+        (malformed.uid, malformed.problem)
+    }
+
+    #[test]
+    fn a_review_is_read_and_its_object_stays_raw() {
+        let review = decode(&body(|_| ())).unwrap();
+        assert_eq!(
+            (review.uid.as_str(), review.name.as_str(), review.user.as_str()),
+            ("42", "orders", "eve")
+        );
+        assert_eq!(
+            (review.operation, review.target, review.dry_run),
+            (Operation::Update, Target::StatefulSet, true)
+        );
+        assert_eq!(review.object, Some(json!({"unknown": {"field": 1}})));
+        let scale = decode(&body(|review| review["request"]["subResource"] = json!("scale"))).unwrap();
+        assert_eq!(scale.target, Target::Scale);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_its_field() {
+        let known = Some("42".to_owned());
+        for (change, field) in [
+            (json!({"apiVersion": "admission.k8s.io/v1beta1"}), "apiVersion"),
+            (json!({"kind": "Pod"}), "kind"),
+            (json!({"request": {"operation": "EXPLODE"}}), "request.operation"),
+            (json!({"request": {"operation": 7}}), "request cannot be read"),
+            (json!({"request": {"resource": {"resource": "pods"}}}), "request.resource"),
+            (json!({"request": {"resource": null}}), "request cannot be read"),
+            (json!({"request": {"object": []}}), "request.object"),
+            (json!({"request": {"object": null}}), "request.object"),
+            (json!({"request": {"oldObject": null}}), "request.oldObject"),
+            (json!({"request": {"dryRun": "yes"}}), "request cannot be read"),
+        ] {
+            let (uid, problem) = problem(|review| merge(review, &change));
+            assert_eq!(uid, known, "{change}");
+            assert!(problem.contains(field), "{change}: {problem}");
+        }
+    }
+
+    #[test]
+    fn without_a_uid_there_is_no_answer() {
+        for change in
+            [json!({"request": {"uid": null}}), json!({"request": {"uid": 7}}), json!({"request": null})]
+        {
+            assert_eq!(problem(|review| merge(review, &change)).0, None, "{change}");
+        }
+        assert_eq!(decode(b"").unwrap_err().uid, None);
+        assert_eq!(decode(b"[]").unwrap_err().uid, None);
+        let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
+        assert!(decode(deep.as_bytes()).unwrap_err().problem.contains("recursion"));
+    }
+
+    #[test]
+    fn an_answer_repeats_the_uid_and_carries_the_patch_in_base64() {
+        let review = decode(&body(|_| ())).unwrap();
+        let patch = json_patch::diff(&json!({}), &json!({"a": 1}));
+        let allowed = Verdict { allowed: true, patch: Some(patch), ..Verdict::default() };
+        let answer = answer(&review, &allowed);
+        assert_eq!(answer["response"]["uid"], "42");
+        assert_eq!(answer["response"]["patchType"], "JSONPatch");
+        let text = answer["response"]["patch"].as_str().unwrap();
+        let text = base64::engine::general_purpose::STANDARD.decode(text).unwrap();
+        assert_eq!(text, br#"[{"op":"add","path":"/a","value":1}]"#);
+        assert!(answer["response"].get("status").is_none() && answer["response"].get("warnings").is_none());
+    }
+
+    fn merge(into: &mut Value, change: &Value) {
+        match (into, change) {
+            (Value::Object(into), Value::Object(change)) => {
+                for (key, value) in change {
+                    merge(into.entry(key.clone()).or_insert(Value::Null), value);
+                }
+            }
+            (into, change) => *into = change.clone(),
+        }
+    }
+}
