@@ -24,9 +24,14 @@ const READ_LIMIT: Duration = Duration::from_secs(30);
 /// to run out. So the limit is far beyond.
 const WRITE_LIMIT: Duration = Duration::from_secs(90);
 
-/// A stand-in for a client address. It has the form that `profile rbd` lets one blocklist, so the monitor decides by
-/// the caller's rights alone; but it is no address, so nothing can be blocklisted by it: see [`Ceph::connect`].
-const PROBE_ADDRESS: &str = "255.255.255.255:99999999/0";
+/// A stand-in for a client address. It has the form that `profile rbd` lets one blocklist, and the `ceph` command
+/// takes it for an address, but the monitor cannot parse it (`entity_addr_t::parse` knows no dotted tail), so nothing
+/// can be blocklisted by it: see [`Ceph::connect`]. Should a later Ceph learn to parse it, it lies in a range that no
+/// host may have (RFC 5737), and the entry expires at once.
+const PROBE: [&str; 5] = ["osd", "blocklist", "add", "[::ffff:192.0.2.1]:0/0", "0"];
+
+/// What the monitor answers to [`PROBE`] from somebody who may blocklist.
+const PROBE_ALLOWED: &str = "unable to parse address";
 
 /// Why a Ceph command failed, by what a caller would do about it. The text begins with what was attempted.
 #[derive(Debug, Error)]
@@ -190,8 +195,9 @@ impl Ceph {
     /// Checks that the cluster answers and that the identity may not blocklist.
     ///
     /// An identity with `mon 'allow r'` cannot read its own capabilities, so the monitor is asked to do what must be
-    /// forbidden, with an address that cannot be parsed: rights are judged first (EACCES is what we want to hear),
-    /// and somebody with the right is told EINVAL, without effect. Any other answer refuses the identity as well.
+    /// forbidden, with an address that it cannot parse: rights are judged first (EACCES is what we want to hear), and
+    /// somebody with the right is told EINVAL, without effect. After any other answer nothing is proven, and it is an
+    /// error.
     ///
     /// Capabilities may change: connect anew for each backup.
     ///
@@ -206,10 +212,13 @@ impl Ceph {
         // A plain read first: it tells a wrong key or an unreachable cluster from a missing right.
         ceph.run("ceph", &["osd", "blocklist", "ls"], READ_LIMIT, "reach the Ceph cluster").await?;
         let attempt = format!("check that client.{id} may not blocklist");
-        match ceph.run("ceph", &["osd", "blocklist", "add", PROBE_ADDRESS], READ_LIMIT, &attempt).await {
+        match ceph.run("ceph", &PROBE, READ_LIMIT, &attempt).await {
             Err(CephError::Denied { .. }) => Ok(ceph),
-            Err(error @ CephError::TimedOut { .. }) => Err(error),
-            Ok(_) | Err(_) => Err(CephError::UnsafeIdentity { id }),
+            Ok(_) => Err(CephError::UnsafeIdentity { id }),
+            Err(CephError::Other { detail, .. }) if detail.contains(PROBE_ALLOWED) => {
+                Err(CephError::UnsafeIdentity { id })
+            }
+            Err(error) => Err(error),
         }
     }
 
@@ -365,14 +374,17 @@ fn failure(exit_code: i32, stderr: &[u8], id: &str, attempt: &str) -> CephError 
     let skipped = text.chars().count().saturating_sub(DETAIL_CHARS_MAX);
     let detail: String = text.chars().skip(skipped).collect();
     let attempt = attempt.to_owned();
-    match exit_code {
+    // `ceph` ends with 1 for some failures to connect, and tells the errno only in its text.
+    let told = text.split_once("[errno ").and_then(|(_, rest)| rest.split_once(']')?.0.parse().ok());
+    let errno = if exit_code == 1 { told.unwrap_or(exit_code) } else { exit_code };
+    match errno {
         2 => CephError::NotFound { attempt },
         17 => CephError::AlreadyExists { attempt },
         30 => CephError::ReadOnly { attempt },
         1 | 13 => CephError::Denied { attempt, id: id.to_owned(), detail },
         16 | 39 => CephError::Busy { attempt, detail },
         110 => CephError::TimedOut { attempt, seconds: runner::MOUNT_LIMIT.as_secs() },
-        code => CephError::Other { attempt, detail: format!("exit code {code}: {detail}") },
+        _ => CephError::Other { attempt, detail: format!("exit code {exit_code}: {detail}") },
     }
 }
 
@@ -410,6 +422,9 @@ mod tests {
         assert!(matches!(of(39), CephError::Busy { .. }));
         assert_eq!(of(13).to_string(), "do it: permission denied for client.howdah-backup: words");
         assert_eq!(of(95).to_string(), "do it: exit code 95: words");
+        let silent =
+            failure(1, b"[errno 110] RADOS timed out (error connecting to the cluster)", "i", "do it");
+        assert!(matches!(silent, CephError::TimedOut { .. }));
     }
 
     #[test]

@@ -1,4 +1,5 @@
 //! Tests that need a real API server and no nodes.
 
 mod deploy;
+mod leader;
 mod rbac;

@@ -1,0 +1,7 @@
+//! Tests that need a real Ceph or a real PostgreSQL, and no Kubernetes.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics, in its helpers too")]
+
+mod ceph;
+mod postgres;
+mod server;
