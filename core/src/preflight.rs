@@ -137,37 +137,31 @@ pub fn volume_fit(volume: &RbdVolume) -> Result<(), Problem> {
     Ok(())
 }
 
-/// A client that has the image open for writing, by its IP address, and the node of that address if one has it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Watcher {
-    /// Address without port and nonce.
-    pub address: String,
-    /// The node with that address.
-    pub node: Option<String>,
-}
-
 /// Whether the writer of the image is the pod's node alone.
 ///
-/// A watcher says "in use", a lock does not: after a snapshot it comes back only with the next write (lab.md C4). A
-/// watcher of an address that no node has is accepted: Ceph may have a network of its own. Without a watcher, nothing
-/// writes, which is fine for a pod that is about to start, and is not judged here.
+/// `watchers` are the IP addresses of the clients that have the image open. A watcher says "in use", a lock does not:
+/// after a snapshot it comes back only with the next write (lab.md C4). Where no watcher has an address of the node,
+/// Ceph has a network of its own, and one client is taken for the node's. Without a watcher nothing writes, which is
+/// fine for a pod that is about to start.
 ///
 /// # Errors
-/// Names the other node that has the image open.
-pub fn watchers_fit(pod: &str, node: &str, watchers: &[Watcher]) -> Result<(), Problem> {
-    let others: BTreeSet<&str> = watchers
-        .iter()
-        .filter_map(|watcher| watcher.node.as_deref())
-        .filter(|other| *other != node)
-        .collect();
-    if others.is_empty() {
+/// Names the addresses of the other clients.
+pub fn watchers_fit(pod: &str, host_ips: &[String], watchers: &[String]) -> Result<(), Problem> {
+    let clients: BTreeSet<&str> = watchers.iter().map(String::as_str).collect();
+    let others: Vec<&str> =
+        clients.iter().copied().filter(|client| host_ips.iter().all(|ip| ip != client)).collect();
+    let own_is_there = others.len() < clients.len();
+    if others.is_empty() || (!own_is_there && others.len() == 1) {
         return Ok(());
     }
-    let others: Vec<&str> = others.into_iter().collect();
     Err(Problem::new(
         FailureKind::Transient,
-        format!("the image is open on {} while the pod {pod} runs on {node}", others.join(", ")),
-        "wait: the watcher of a dead node goes after 30 s; if it stays, fence that node before anything else",
+        format!(
+            "the image is open on {} while the pod {pod} runs on {}",
+            others.join(", "),
+            host_ips.join(", ")
+        ),
+        "wait: the watcher of a dead node goes after 30 s; if it stays, fence that client before anything else",
     ))
 }
 
@@ -175,15 +169,13 @@ pub fn watchers_fit(pod: &str, node: &str, watchers: &[Watcher]) -> Result<(), P
 ///
 /// # Errors
 /// Names who has it open.
-pub fn at_rest(watchers: &[Watcher]) -> Result<(), Problem> {
+pub fn at_rest(watchers: &[String]) -> Result<(), Problem> {
     if watchers.is_empty() {
         return Ok(());
     }
-    let who: Vec<&str> =
-        watchers.iter().map(|watcher| watcher.node.as_deref().unwrap_or(&watcher.address)).collect();
     Err(Problem::new(
         FailureKind::Transient,
-        format!("there is no pod, but the image is open on {}", who.join(", ")),
+        format!("there is no pod, but the image is open on {}", watchers.join(", ")),
         "wait until the volume is unmapped; a restore or another client may be using it",
     ))
 }
@@ -259,19 +251,17 @@ mod tests {
     }
 
     #[test]
-    fn only_a_watcher_of_another_node_stops_a_backup() {
-        let watcher = |address: &str, node: Option<&str>| Watcher {
-            address: address.to_owned(),
-            node: node.map(str::to_owned),
-        };
-        let own = watcher("10.77.0.11", Some("node-1"));
-        let unknown = watcher("192.168.9.4", None);
-        let other = watcher("10.77.0.12", Some("node-2"));
-        assert_eq!(watchers_fit("pg-0", "node-1", &[own.clone(), unknown.clone()]), Ok(()));
-        let problem = watchers_fit("pg-0", "node-1", &[own, other.clone()]).unwrap_err();
-        assert!(problem.reason.contains("node-2"));
+    fn only_a_second_client_stops_a_backup() {
+        let ips = |list: &[&str]| list.iter().map(|ip| (*ip).to_owned()).collect::<Vec<_>>();
+        let host = ips(&["10.77.0.11"]);
+        for fine in [&[][..], &["10.77.0.11"], &["192.168.9.4"]] {
+            assert_eq!(watchers_fit("pg-0", &host, &ips(fine)), Ok(()), "{fine:?}");
+        }
+        for wrong in [&["10.77.0.11", "10.77.0.12"][..], &["192.168.9.4", "192.168.9.5"]] {
+            let problem = watchers_fit("pg-0", &host, &ips(wrong)).unwrap_err();
+            assert!(problem.reason.contains(wrong[1]), "{}", problem.reason);
+        }
         assert_eq!(at_rest(&[]), Ok(()));
-        assert!(at_rest(&[unknown]).unwrap_err().reason.contains("192.168.9.4"));
-        assert!(at_rest(&[other]).is_err());
+        assert!(at_rest(&ips(&["192.168.9.4"])).unwrap_err().reason.contains("192.168.9.4"));
     }
 }
