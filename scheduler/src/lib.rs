@@ -1,1 +1,97 @@
-//! howdah scheduler.
+//! The scheduler of howdah: cron wake-ups become backups, and old backups are pruned.
+//!
+//! Read it along a tick: [`tick`] wakes and asks `howdah_core::schedule` what is due, [`run`] drives
+//! `howdah_core::backup`, [`effects`] does what that says through `howdah_adapters`.
+
+pub mod args;
+mod cache;
+mod context;
+mod effects;
+mod metrics;
+mod prune;
+mod run;
+mod tick;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use howdah_adapters::kubernetes::{self, Kubernetes};
+use howdah_adapters::leader::{Election, LeaderSettings};
+use howdah_adapters::shutdown::{self, Tasks};
+use howdah_adapters::telemetry::{self, Diagnostics, Readiness};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use crate::args::Args;
+use crate::cache::Caches;
+use crate::context::Context;
+use crate::metrics::Metrics;
+
+/// Name of the Lease, of the component in events, and of the metrics' `component`.
+const NAME: &str = "howdah-scheduler";
+/// How long the tasks may take to end: a little more than the drain of the running backups.
+const DRAIN: Duration = Duration::from_secs(80);
+
+/// Runs the scheduler until a signal.
+///
+/// # Errors
+/// If it cannot start, or a part of it ends early.
+pub async fn serve(args: Args) -> anyhow::Result<()> {
+    let shutdown = shutdown::on_signal()?;
+    let client = kubernetes::connect(args.kubeconfig.as_deref()).await?;
+    let mut registry = telemetry::registry(NAME, env!("CARGO_PKG_VERSION"));
+    let metrics = Metrics::new(&mut registry);
+    let readiness = Readiness::new();
+    let ready = readiness.gate("caches");
+    let diagnostics = Diagnostics::bind(args.listen, registry, readiness).await?;
+    let (caches, feeds) = Caches::new(&client, &shutdown);
+    let settings = LeaderSettings::new(&args.namespace, NAME, &args.identity);
+    let election = Election::new(client.clone(), settings)?;
+    let cx = Arc::new(Context {
+        permits: Arc::new(Semaphore::new(usize::from(args.concurrency))),
+        kubernetes: Kubernetes::new(client, NAME),
+        caches,
+        metrics,
+        args,
+    });
+
+    // The server and the watches outlive the backups that are under way.
+    let drained = CancellationToken::new();
+    let mut tasks = Tasks::new(shutdown.clone());
+    tasks.spawn("diagnostics", diagnostics.serve(drained.clone()));
+    let [databases, backups] = feeds;
+    tasks.spawn("watch StatefulSets", databases);
+    tasks.spawn("watch PostgresBackups", backups);
+    tasks.spawn("schedule", async move {
+        let _drained = drained.drop_guard();
+        tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            filled = cx.caches.filled() => filled?,
+        }
+        // Ready means able to lead; who leads is the Lease's business.
+        ready.open();
+        let ended = lead_terms(&cx, &election, &shutdown).await;
+        ready.close();
+        ended
+    });
+    tasks.run(DRAIN).await
+}
+
+/// Leads whenever the Lease allows it, until the shutdown.
+async fn lead_terms(
+    cx: &Arc<Context>,
+    election: &Election,
+    shutdown: &CancellationToken,
+) -> anyhow::Result<()> {
+    while let Some(leadership) = election.acquire(shutdown).await {
+        cx.metrics.leading.set(1);
+        let ended = tick::lead(cx, leadership.lost(), shutdown).await;
+        cx.metrics.leading.set(0);
+        leadership.resign().await;
+        ended.context("lead")?;
+        info!("leadership ended");
+    }
+    Ok(())
+}

@@ -1,0 +1,25 @@
+//! What every part of the scheduler shares.
+
+use std::sync::Arc;
+
+use howdah_adapters::kubernetes::Kubernetes;
+use tokio::sync::Semaphore;
+
+use crate::args::Args;
+use crate::cache::Caches;
+use crate::metrics::Metrics;
+
+/// The parts of a running scheduler.
+#[derive(Debug)]
+pub struct Context {
+    /// The configuration.
+    pub args: Args,
+    /// The API server.
+    pub kubernetes: Kubernetes,
+    /// The caches.
+    pub caches: Caches,
+    /// The metrics.
+    pub metrics: Metrics,
+    /// One permit for each backup that may be under way.
+    pub permits: Arc<Semaphore>,
+}

@@ -1,0 +1,420 @@
+//! Does what `core::backup` says, through the adapters, and reports what happened.
+
+mod preflight;
+
+use std::time::Duration;
+
+use howdah_adapters::ceph::{
+    Ceph, CephAccess, CephError, LocalRunner, Runner, ToolboxRunner, mon_host_from_rook,
+};
+use howdah_adapters::kubernetes::KubernetesError;
+use howdah_adapters::postgres::{BackupLimits, BackupSession, PostgresError, ServerFacts, Session};
+use howdah_adapters::records::PostgresBackup;
+use howdah_core::annotations::Settings;
+use howdah_core::backup::{
+    BackupStatus, Effect, Event, FailureKind, ImageRecord, Order, Phase, Problem, SnapshotRecord,
+};
+use howdah_core::catalogue::Entry;
+use howdah_core::names;
+use jiff::Timestamp;
+use k8s_openapi::api::apps::v1::StatefulSet;
+use kube::ResourceExt as _;
+use kube::runtime::events::{Event as ClusterEvent, EventType};
+use tracing::{info, warn};
+
+use crate::args::CephRunner;
+use crate::context::Context;
+use crate::prune::Pruning;
+
+/// Rook's ConfigMap with the addresses of the monitors, and its key.
+const MON_ENDPOINTS: (&str, &str) = ("rook-ceph-mon-endpoints", "data");
+/// Rook names the Secret of a CephClient this, and then the client.
+const CLIENT_SECRET_PREFIX: &str = "rook-ceph-client-";
+
+/// How long each effect may take, beyond the limits of the single calls inside.
+fn limit_of(effect: &Effect) -> Duration {
+    Duration::from_secs(match effect {
+        // Some ten calls, each answered in a second, or slow for one reason.
+        Effect::Preflight => 120,
+        // A fast checkpoint writes all dirty buffers: minutes with a large cache on a slow disk.
+        Effect::StartBackupMode { .. } => 300,
+        // Ceph answers within 30 s when the lock holder does not (lab.md K2); the adapter kills rbd at 90.
+        Effect::TakeSnapshot { .. } | Effect::FindSnapshot { .. } | Effect::RemoveSnapshot { .. } => 150,
+        Effect::StopBackupMode => 60,
+        Effect::Record => 150,
+        // Ten deletions.
+        Effect::Prune => 600,
+        Effect::AbandonBackupMode | Effect::Announce => 30,
+        // As long as `core` says.
+        Effect::Wait { .. } => 3600,
+    })
+}
+
+/// The session with PostgreSQL, as far as it came.
+enum Held {
+    Nothing,
+    /// Opened by the preflight.
+    Reading {
+        session: Session,
+        facts: Box<ServerFacts>,
+    },
+    /// In backup mode.
+    Backup(BackupSession),
+}
+
+/// The hands of one backup: the session it holds, and what it found.
+pub struct Effects<'a> {
+    cx: &'a Context,
+    backup: PostgresBackup,
+    order: Order,
+    settings: Result<Settings, String>,
+    held: Held,
+    ceph: Option<Ceph>,
+}
+
+impl<'a> Effects<'a> {
+    /// Nothing is open yet. `settings` may be what is wrong with them.
+    pub fn new(
+        cx: &'a Context,
+        backup: &PostgresBackup,
+        order: Order,
+        settings: Result<Settings, String>,
+    ) -> Self {
+        Self { cx, backup: backup.clone(), order, settings, held: Held::Nothing, ceph: None }
+    }
+
+    fn namespace(&self) -> String {
+        self.backup.namespace().unwrap_or_default()
+    }
+
+    /// Performs `effect`; `None` for those that end in no event.
+    pub async fn perform(&mut self, effect: &Effect, status: &BackupStatus) -> Option<Event> {
+        let limit = limit_of(effect);
+        match tokio::time::timeout(limit, self.perform_unbounded(effect, status)).await {
+            Ok(Ok(event)) => event,
+            Ok(Err(problem)) => {
+                warn!(
+                    backup = self.backup.name_any(),
+                    phase = status.phase.as_str(),
+                    reason = problem.reason,
+                    cure = problem.cure,
+                    "backup step failed"
+                );
+                Some(Event::Failed(problem))
+            }
+            Err(_) => {
+                // Whatever a timed-out call left behind in the session is not to be trusted.
+                self.held = Held::Nothing;
+                Some(Event::Failed(Problem::new(
+                    FailureKind::Transient,
+                    format!("{} took longer than {} s", status.phase.as_str(), limit.as_secs()),
+                    "look at the load of the database and of Ceph",
+                )))
+            }
+        }
+    }
+
+    async fn perform_unbounded(
+        &mut self,
+        effect: &Effect,
+        status: &BackupStatus,
+    ) -> Result<Option<Event>, Problem> {
+        Ok(match effect {
+            Effect::Preflight => Some(Event::PreflightPassed(Box::new(self.preflight().await?))),
+            Effect::StartBackupMode { label } => Some(self.start_backup_mode(label).await?),
+            Effect::TakeSnapshot { name } => Some(self.take_snapshot(image_of(status)?, name).await?),
+            Effect::FindSnapshot { name } => {
+                let found = self.find_snapshot(image_of(status)?, name).await?;
+                Some(found.map_or(Event::SnapshotMissing, Event::SnapshotTaken))
+            }
+            Effect::StopBackupMode => Some(self.stop_backup_mode().await?),
+            Effect::AbandonBackupMode => {
+                // Dropping it closes the connection, and PostgreSQL leaves backup mode by itself.
+                self.held = Held::Nothing;
+                None
+            }
+            Effect::Record => {
+                self.record(status).await?;
+                Some(Event::Recorded)
+            }
+            Effect::Prune => {
+                self.prune(status).await?;
+                Some(Event::Pruned)
+            }
+            Effect::RemoveSnapshot { name } => {
+                self.remove_snapshot(image_of(status)?, name).await?;
+                Some(Event::Undone)
+            }
+            Effect::Wait { until } => {
+                let left = until.duration_since(Timestamp::now());
+                tokio::time::sleep(Duration::try_from(left).unwrap_or_default()).await;
+                Some(Event::RetryDue)
+            }
+            Effect::Announce => {
+                self.announce(status).await;
+                None
+            }
+        })
+    }
+
+    /// Ceph, as the identity that cannot blocklist; connected anew in each preflight, because rights may change.
+    async fn connect_ceph(&mut self) -> Result<Ceph, Problem> {
+        let args = &self.cx.args;
+        let secret = format!("{CLIENT_SECRET_PREFIX}{}", args.ceph_user);
+        let key = self
+            .cx
+            .kubernetes
+            .secret_value(&args.ceph_namespace, &secret, &args.ceph_user)
+            .await
+            .map_err(|error| ceph_setup(&error))?;
+        let access = CephAccess::new(&args.ceph_user, &key).map_err(of_ceph)?;
+        let runner = match args.ceph_runner {
+            CephRunner::Local => {
+                let (map, key) = MON_ENDPOINTS;
+                let data = self.cx.kubernetes.config_value(&args.ceph_namespace, map, key).await;
+                let mons = mon_host_from_rook(&data.map_err(|error| ceph_setup(&error))?).map_err(of_ceph)?;
+                Runner::Local(LocalRunner::new(access, &mons).map_err(of_ceph)?)
+            }
+            CephRunner::Toolbox => {
+                let toolbox = ToolboxRunner::new(access, self.cx.kubernetes.clone(), &args.ceph_namespace);
+                Runner::Toolbox(Box::new(toolbox))
+            }
+        };
+        let ceph = Ceph::connect(runner).await.map_err(of_ceph)?;
+        self.ceph = Some(ceph.clone());
+        Ok(ceph)
+    }
+
+    /// The connection of this run's preflight, or a new one after a restart.
+    async fn ceph(&mut self) -> Result<Ceph, Problem> {
+        match &self.ceph {
+            Some(ceph) => Ok(ceph.clone()),
+            None => self.connect_ceph().await,
+        }
+    }
+
+    async fn start_backup_mode(&mut self, label: &str) -> Result<Event, Problem> {
+        let Held::Reading { session, facts } = std::mem::replace(&mut self.held, Held::Nothing) else {
+            return Err(no_session());
+        };
+        let session = session.start_backup(label, BackupLimits::default()).await.map_err(of_postgres)?;
+        let lsn = session.start_lsn().to_owned();
+        self.held = Held::Backup(session);
+        Ok(Event::BackupModeStarted { lsn, timeline: Some(facts.timeline) })
+    }
+
+    async fn stop_backup_mode(&mut self) -> Result<Event, Problem> {
+        let Held::Backup(session) = std::mem::replace(&mut self.held, Held::Nothing) else {
+            return Err(no_session());
+        };
+        let end = session.stop().await.map_err(of_postgres)?;
+        Ok(Event::BackupModeStopped { lsn: end.stop_lsn, label: end.label, spcmap: end.tablespace_map })
+    }
+
+    async fn take_snapshot(&mut self, image: &ImageRecord, name: &str) -> Result<Event, Problem> {
+        let ceph = self.ceph().await?;
+        match ceph.create_snapshot(&image.spec(), name).await {
+            // The preflight saw that the name was free, so it is our own from before a lost answer.
+            Ok(()) | Err(CephError::AlreadyExists { .. }) => {}
+            Err(error) => return Err(of_ceph(error)),
+        }
+        match self.find_snapshot(image, name).await? {
+            Some(snapshot) => Ok(Event::SnapshotTaken(snapshot)),
+            None => Err(Problem::new(
+                FailureKind::Transient,
+                format!("the snapshot {name} was taken but is not listed"),
+                "look who else removes snapshots of this image",
+            )),
+        }
+    }
+
+    async fn find_snapshot(
+        &mut self,
+        image: &ImageRecord,
+        name: &str,
+    ) -> Result<Option<SnapshotRecord>, Problem> {
+        let snapshots = self.ceph().await?.snapshots(&image.spec()).await.map_err(of_ceph)?;
+        let found = snapshots.into_iter().find(|snapshot| snapshot.by_user && snapshot.name == name);
+        Ok(found.map(|snapshot| SnapshotRecord { name: snapshot.name, id: snapshot.id, size: snapshot.size }))
+    }
+
+    async fn remove_snapshot(&mut self, image: &ImageRecord, name: &str) -> Result<(), Problem> {
+        let ceph = self.ceph().await?;
+        if self.find_snapshot(image, name).await?.is_none() {
+            return Ok(());
+        }
+        match ceph.remove_snapshot(&image.spec(), name).await {
+            Ok(()) | Err(CephError::NotFound { .. }) => {}
+            Err(error) => return Err(of_ceph(error)),
+        }
+        ceph.remove_metadata(&image.spec(), &names::image_meta_key(name)).await.map_err(of_ceph)
+    }
+
+    async fn record(&mut self, status: &BackupStatus) -> Result<(), Problem> {
+        let image = image_of(status)?;
+        let entry = Entry::of(
+            &self.namespace(),
+            &self.backup.spec.stateful_set,
+            &self.backup.name_any(),
+            self.order.trigger,
+            status,
+        );
+        let entry = entry.ok_or_else(|| {
+            Problem::new(
+                FailureKind::Permanent,
+                "the record lacks its snapshot or image",
+                "report this as a bug",
+            )
+        })?;
+        let value = entry.to_value().map_err(|error| {
+            Problem::new(
+                FailureKind::Permanent,
+                error,
+                "the record in the API server is whole; nothing to do",
+            )
+        })?;
+        let key = names::image_meta_key(&entry.snapshot);
+        self.ceph().await?.set_metadata(&image.spec(), &key, &value).await.map_err(of_ceph)
+    }
+
+    async fn prune(&mut self, status: &BackupStatus) -> Result<(), Problem> {
+        let Ok(settings) = self.settings.clone() else { return Ok(()) };
+        let ceph = self.ceph().await?;
+        let namespace = self.namespace();
+        let pruning = Pruning {
+            ceph: &ceph,
+            client: self.cx.kubernetes.client(),
+            namespace: &namespace,
+            database: &self.backup.spec.stateful_set,
+            status,
+            image: image_of(status)?,
+            settings: &settings,
+        };
+        let pruned = pruning.run(Timestamp::now()).await.map_err(|error| {
+            Problem::new(FailureKind::Transient, error.to_string(), "the next backup prunes again")
+        })?;
+        self.cx.metrics.pruned.inc_by(pruned.deleted.len() as u64);
+        if !pruned.deleted.is_empty() {
+            let list: Vec<String> =
+                pruned.deleted.iter().map(|(name, why)| format!("{name} ({why})")).collect();
+            let note = format!("deleted {}; {} are kept", list.join(", "), pruned.kept);
+            self.tell(EventType::Normal, "BackupsPruned", "Prune", note).await;
+        }
+        Ok(())
+    }
+
+    /// Says how the backup ended: in the metrics, the log, and as an Event of the StatefulSet.
+    async fn announce(&self, status: &BackupStatus) {
+        self.cx.metrics.ended(status);
+        let backup = self.backup.name_any();
+        let class = status.consistency.map_or("none", |class| class.as_str());
+        info!(
+            backup,
+            phase = status.phase.as_str(),
+            consistency = class,
+            attempt = status.attempt,
+            "backup ended"
+        );
+        let (kind, reason, note) = match (&status.failure, status.phase) {
+            (_, Phase::Taken) => {
+                (EventType::Normal, "BackupTaken", format!("backup {backup} ({class}) was taken"))
+            }
+            (failure, phase) => {
+                let why = failure
+                    .as_ref()
+                    .map_or(String::new(), |f| format!(" in {}: {}; {}", f.step.as_str(), f.reason, f.cure));
+                let reason = if phase == Phase::Stuck { "BackupStuck" } else { "BackupFailed" };
+                (EventType::Warning, reason, format!("backup {backup} failed{why}"))
+            }
+        };
+        self.tell(kind, reason, "Backup", note).await;
+    }
+
+    /// Publishes an Event on the StatefulSet, or on the record when the StatefulSet is gone.
+    async fn tell(&self, kind: EventType, reason: &str, action: &str, note: String) {
+        let event = ClusterEvent {
+            type_: kind,
+            reason: reason.to_owned(),
+            note: Some(note),
+            action: action.to_owned(),
+            secondary: None,
+        };
+        let database = self.cx.caches.database(&self.namespace(), &self.backup.spec.stateful_set);
+        let published = match database.as_deref() {
+            Some(database) => self.cx.kubernetes.publish::<StatefulSet>(event, database).await,
+            None => self.cx.kubernetes.publish(event, &self.backup).await,
+        };
+        if let Err(error) = published {
+            warn!(error = %error, "publish an event");
+        }
+    }
+}
+
+/// The image the preflight wrote down.
+fn image_of(status: &BackupStatus) -> Result<&ImageRecord, Problem> {
+    status.image.as_ref().ok_or_else(|| {
+        Problem::new(FailureKind::Permanent, "the record names no image", "report this as a bug")
+    })
+}
+
+fn no_session() -> Problem {
+    Problem::new(
+        FailureKind::Transient,
+        "the session with PostgreSQL is gone",
+        "nothing to do: it is tried again",
+    )
+}
+
+/// A part of the set-up of Ceph cannot be read.
+fn ceph_setup(error: &KubernetesError) -> Problem {
+    Problem::new(
+        FailureKind::Transient,
+        error.to_string(),
+        "apply the CephClient and the Role of deploy/overlays/rook (or plain-ceph)",
+    )
+}
+
+/// Sorts an error of Ceph by whether trying again can help.
+fn of_ceph(error: CephError) -> Problem {
+    let (kind, cure) = match &error {
+        CephError::UnsafeIdentity { .. } | CephError::Denied { .. } => (
+            FailureKind::Permanent,
+            "give the Ceph user exactly mon 'allow r', osd 'profile rbd pool=POOL' (deploy/overlays/rook/cephclient.yaml)",
+        ),
+        CephError::ReadOnly { .. } => (
+            FailureKind::Transient,
+            "see whether the node of the database answers; a backup never takes the lock from it by force",
+        ),
+        CephError::NotFound { .. } => (FailureKind::Transient, "see whether the image was moved or deleted"),
+        CephError::AlreadyExists { .. } | CephError::Busy { .. } => {
+            (FailureKind::Transient, "see what else works on the image")
+        }
+        CephError::TimedOut { .. } | CephError::Other { .. } => {
+            (FailureKind::Transient, "see the health of the Ceph cluster (ceph status)")
+        }
+    };
+    Problem::new(kind, error.to_string(), cure)
+}
+
+/// Sorts an error of PostgreSQL by whether trying again can help.
+fn of_postgres(error: PostgresError) -> Problem {
+    let (kind, cure) = match &error {
+        PostgresError::WrongCredentials { .. } => (
+            FailureKind::Credentials,
+            "put the right username and password into a Secret and name it in howdah.dev/credentials"
+                .to_owned(),
+        ),
+        PostgresError::MissingRight { grant, database, .. } => {
+            (FailureKind::Credentials, format!("run in the database {database:?} as a superuser: {grant}"))
+        }
+        PostgresError::Unreachable { .. } => (
+            FailureKind::Connection,
+            "see whether PostgreSQL runs, and whether a NetworkPolicy lets the scheduler reach it".to_owned(),
+        ),
+        PostgresError::Unsupported { .. } => (FailureKind::Permanent, "use a supported version".to_owned()),
+        PostgresError::TimedOut { .. } | PostgresError::SessionLost { .. } | PostgresError::Other { .. } => {
+            (FailureKind::Transient, "see the log of PostgreSQL".to_owned())
+        }
+    };
+    Problem::new(kind, error.to_string(), cure)
+}

@@ -1,0 +1,398 @@
+//! The preflight: from the StatefulSet to the image, the snapshots it has, who writes to it, and the open session.
+//!
+//! Only reads; what they mean is judged by [`howdah_core::preflight`].
+
+use howdah_adapters::kubernetes::{Credentials, KubernetesError, ResolveError, call, is_ready};
+use howdah_adapters::postgres::{ServerFacts, Session as PostgresSession, Target};
+use howdah_core::annotations::{Consistency, Settings};
+use howdah_core::backup::{Database, Facts, FailureKind, ImageRecord, Problem, Session};
+use howdah_core::names;
+use howdah_core::preflight::{self, DEFAULT_DATA_DIRECTORY, Mount, Place, Server};
+use k8s_openapi::api::apps::v1::StatefulSet;
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+use kube::{Api, ResourceExt as _};
+
+use super::{Effects, Held, of_ceph, of_postgres};
+
+/// PostgreSQL's port where the container names none.
+const DEFAULT_PORT: u16 = 5432;
+/// Database that is connected to; it exists unless somebody dropped it, and backup mode is of the whole cluster.
+const DATABASE: &str = "postgres";
+
+impl Effects<'_> {
+    /// Finds out whether, how and where the database can be backed up now.
+    pub(super) async fn preflight(&mut self) -> Result<Facts, Problem> {
+        self.held = Held::Nothing;
+        let settings = self.settings.clone().map_err(|problem| {
+            Problem::new(
+                FailureKind::Permanent,
+                problem,
+                "correct the StatefulSet and create the backup anew",
+            )
+        })?;
+        let (namespace, name) = (self.namespace(), self.backup.spec.stateful_set.clone());
+        let database = self.cx.caches.database(&namespace, &name).ok_or_else(|| {
+            Problem::new(
+                FailureKind::Permanent,
+                format!("there is no protected StatefulSet {namespace}/{name}"),
+                "label it howdah.dev/protect=true and create the backup anew",
+            )
+        })?;
+        let pod = self.pod(&namespace, &database).await?;
+
+        let template = database.spec.as_ref().and_then(|spec| spec.template.spec.as_ref());
+        let spec = pod.as_ref().map_or(template, |pod| pod.spec.as_ref());
+        let spec = spec.ok_or_else(|| strange("the pod has no spec"))?;
+        let claim_name = |volume: &str| match &pod {
+            Some(_) => claim_of_pod(spec, volume),
+            None => claim_of_template(&database, spec, volume),
+        };
+        let (container, mounts) = database_container(spec, &claim_name)?;
+        let container = container.clone();
+
+        let running = pod.as_ref().filter(|pod| is_ready(pod));
+        let session = match (&pod, running) {
+            (None, _) => Session::NotWanted,
+            (Some(_), _) if self.order.wanted.class() != Consistency::Online => Session::NotWanted,
+            (Some(_), None) => Session::Absent(Problem::new(
+                FailureKind::Connection,
+                "the pod is not ready",
+                "see why with: kubectl describe pod",
+            )),
+            (Some(_), Some(pod)) => self.open_session(&namespace, pod, &container, &settings).await?,
+        };
+        let server = match &self.held {
+            Held::Reading { facts, .. } => Some(facts.as_ref()),
+            Held::Nothing | Held::Backup(_) => None,
+        };
+        if let Some(facts) = server {
+            fit(facts)?;
+        }
+        let claim = preflight::one_claim(&mounts, &places(&container, server))?;
+
+        let volume =
+            self.cx.kubernetes.rbd_volume(&namespace, &claim).await.map_err(|error| of_resolve(&error))?;
+        if pod.is_some() {
+            preflight::volume_fit(&volume)?;
+        }
+        let ceph = self.connect_ceph().await?;
+        let image = volume.image_spec();
+        let info = ceph.info(&image).await.map_err(of_ceph)?;
+        let watchers = ceph.watchers(&image).await.map_err(of_ceph)?;
+        let addresses: Vec<String> = watchers.iter().map(|watcher| ip_of(&watcher.address)).collect();
+        let snapshots = ceph.snapshots(&image).await.map_err(of_ceph)?;
+        let own = self.order.snapshot_name();
+        let state = match &pod {
+            None => {
+                preflight::at_rest(&addresses)?;
+                Database::Stopped
+            }
+            Some(pod) => {
+                if !info.has_exclusive_lock() {
+                    return Err(Problem::new(
+                        FailureKind::Permanent,
+                        format!(
+                            "image {image} lacks the feature exclusive-lock: a snapshot would not be atomic"
+                        ),
+                        format!("stop the database and run: rbd feature enable {image} exclusive-lock"),
+                    ));
+                }
+                preflight::watchers_fit(&pod.name_any(), &host_ips(pod), &addresses)?;
+                let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone()).unwrap_or_default();
+                Database::Running { pod: pod.name_any(), node, session }
+            }
+        };
+        Ok(Facts {
+            image: ImageRecord {
+                pool: volume.pool,
+                rados_namespace: volume.rados_namespace,
+                name: volume.image,
+                id: info.id,
+            },
+            snapshots: snapshots.iter().filter(|s| s.name.starts_with(names::SNAPSHOT_PREFIX)).count(),
+            name_taken: snapshots.iter().any(|snapshot| snapshot.name == own),
+            database: state,
+        })
+    }
+
+    /// The pod of the one replica; `None` when the StatefulSet is scaled to zero and the pod is gone.
+    async fn pod(&self, namespace: &str, database: &StatefulSet) -> Result<Option<Pod>, Problem> {
+        let name = format!("{}-{}", database.name_any(), first_ordinal(database));
+        let pods = Api::<Pod>::namespaced(self.cx.kubernetes.client().clone(), namespace);
+        let found = call(format!("get the pod {namespace}/{name}"), pods.get_opt(&name)).await;
+        let pod = found.map_err(|error| of_kubernetes(&error))?;
+        let replicas = database.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(1);
+        match pod {
+            Some(pod) if pod.metadata.deletion_timestamp.is_some() => Err(Problem::new(
+                FailureKind::Transient,
+                format!("the pod {name} is being deleted"),
+                "wait: the backup is tried again when it is gone or back",
+            )),
+            None if replicas > 0 => Err(Problem::new(
+                FailureKind::Transient,
+                format!("the pod {name} does not exist, though the StatefulSet wants it"),
+                "see why with: kubectl describe statefulset",
+            )),
+            other => Ok(other),
+        }
+    }
+
+    /// Opens the session that backup mode will be held in, and reads what the server says of itself.
+    async fn open_session(
+        &mut self,
+        namespace: &str,
+        pod: &Pod,
+        container: &Container,
+        settings: &Settings,
+    ) -> Result<Session, Problem> {
+        let credentials = match self.credentials(namespace, pod, settings).await {
+            Ok(credentials) => credentials,
+            Err(problem) => return Ok(Session::Absent(problem)),
+        };
+        let address = pod.status.as_ref().and_then(|status| status.pod_ip.clone());
+        let host = address.ok_or_else(|| strange("the pod is ready and has no address"))?;
+        let port = self.port(namespace, container).await?;
+        let target = Target { host, port, database: DATABASE.to_owned(), credentials, ca_pem: None };
+        let opened = async {
+            let session = PostgresSession::connect(&target).await?;
+            let facts = session.facts().await?;
+            Ok((session, facts))
+        };
+        match opened.await {
+            Ok((session, facts)) => {
+                let open = Session::Open {
+                    version: facts.version.clone(),
+                    system_identifier: facts.system_identifier.clone(),
+                };
+                self.held = Held::Reading { session, facts: Box::new(facts) };
+                Ok(open)
+            }
+            Err(error) => Ok(Session::Absent(of_postgres(error))),
+        }
+    }
+
+    /// User and password: the annotated Secret, or what the pod itself was started with.
+    async fn credentials(
+        &self,
+        namespace: &str,
+        pod: &Pod,
+        settings: &Settings,
+    ) -> Result<Credentials, Problem> {
+        let kubernetes = &self.cx.kubernetes;
+        let found = match &settings.credentials {
+            Some(secret) => kubernetes.credentials(namespace, secret).await.map(Some),
+            None => kubernetes.credentials_of_pod(pod).await,
+        };
+        let args = &self.cx.args;
+        match found {
+            Ok(Some(credentials)) => Ok(credentials),
+            Ok(None) => Err(Problem::new(
+                FailureKind::Credentials,
+                "no container of the pod has a POSTGRES_PASSWORD",
+                "make a Secret with username and password and name it in howdah.dev/credentials",
+            )),
+            Err(KubernetesError::Forbidden { message, .. }) => Err(Problem::new(
+                FailureKind::Credentials,
+                format!("the scheduler may not read the credentials: {message}"),
+                format!(
+                    "run: kubectl create rolebinding howdah-credentials -n {namespace} \
+                     --clusterrole=howdah-credentials --serviceaccount={}:{}",
+                    args.namespace, args.service_account
+                ),
+            )),
+            Err(error @ (KubernetesError::NotFound { .. } | KubernetesError::Incomplete { .. })) => {
+                Err(Problem::new(
+                    FailureKind::Credentials,
+                    error.to_string(),
+                    "make the Secret with the keys username and password",
+                ))
+            }
+            Err(error) => Err(of_kubernetes(&error)),
+        }
+    }
+
+    /// `PGPORT` of the container, or the default; the names of container ports are not trusted.
+    async fn port(&self, namespace: &str, container: &Container) -> Result<u16, Problem> {
+        let found = self.cx.kubernetes.environment(namespace, container, "PGPORT").await;
+        // A port that stands in a Secret we may not read is a rarity: the default is tried then.
+        let text = found.ok().flatten();
+        Ok(text.and_then(|text| text.parse().ok()).unwrap_or(DEFAULT_PORT))
+    }
+}
+
+/// The container that runs PostgreSQL, and its mounts: the first one with a claim above its data directory.
+fn database_container<'a>(
+    spec: &'a PodSpec,
+    claim_name: &dyn Fn(&str) -> Option<String>,
+) -> Result<(&'a Container, Vec<Mount>), Problem> {
+    let mounts = |container: &Container| -> Vec<Mount> {
+        let mounts = container.volume_mounts.iter().flatten();
+        mounts.map(|mount| Mount { path: mount.mount_path.clone(), claim: claim_name(&mount.name) }).collect()
+    };
+    let all: Vec<(&Container, Vec<Mount>)> =
+        spec.containers.iter().map(|container| (container, mounts(container))).collect();
+    let fits = all
+        .iter()
+        .position(|(container, mounts)| preflight::one_claim(mounts, &[data_directory(container)]).is_ok());
+    let chosen = all.into_iter().nth(fits.unwrap_or(0));
+    let (container, mounts) = chosen.ok_or_else(|| strange("the pod has no containers"))?;
+    // Where no container fits, the judgement of the first one says what is wrong.
+    preflight::one_claim(&mounts, &[data_directory(container)])?;
+    Ok((container, mounts))
+}
+
+/// A value written directly into the container's environment.
+fn plain_env(container: &Container, name: &str) -> Option<String> {
+    container.env.iter().flatten().rfind(|variable| variable.name == name)?.value.clone()
+}
+
+fn data_directory(container: &Container) -> Place {
+    let path = plain_env(container, "PGDATA").unwrap_or_else(|| DEFAULT_DATA_DIRECTORY.to_owned());
+    Place { what: "the data directory".to_owned(), path }
+}
+
+/// Every folder the snapshot must hold: as PostgreSQL says, or as the pod says while it cannot be asked.
+fn places(container: &Container, server: Option<&ServerFacts>) -> Vec<Place> {
+    let mut places = vec![data_directory(container)];
+    if let Some(facts) = server {
+        places[0].path.clone_from(&facts.data_directory);
+        places.extend(
+            facts
+                .tablespaces
+                .iter()
+                .map(|(name, path)| Place { what: format!("the tablespace {name}"), path: path.clone() }),
+        );
+    }
+    let wal = plain_env(container, "POSTGRES_INITDB_WALDIR");
+    places.extend(wal.map(|path| Place { what: "the WAL directory".to_owned(), path }));
+    places
+}
+
+fn fit(facts: &ServerFacts) -> Result<(), Problem> {
+    preflight::server_fit(&Server {
+        in_recovery: facts.in_recovery,
+        fsync: facts.fsync,
+        full_page_writes: facts.full_page_writes,
+    })?;
+    if facts.exclusive_backup {
+        // Its label lies in the data directory, and a copy of that does not start by itself.
+        return Err(Problem::new(
+            FailureKind::Transient,
+            "an exclusive backup of somebody else is on",
+            "end it with: SELECT pg_stop_backup();",
+        ));
+    }
+    Ok(())
+}
+
+/// The claim behind a volume of a pod.
+fn claim_of_pod(spec: &PodSpec, volume: &str) -> Option<String> {
+    let found = spec.volumes.iter().flatten().find(|found| found.name == volume)?;
+    found.persistent_volume_claim.as_ref().map(|claim| claim.claim_name.clone())
+}
+
+/// The claim behind a volume of a pod that does not exist now.
+fn claim_of_template(database: &StatefulSet, spec: &PodSpec, volume: &str) -> Option<String> {
+    let templates = database.spec.as_ref()?.volume_claim_templates.iter().flatten();
+    let ordinal = first_ordinal(database);
+    let made = templates.into_iter().any(|template| template.name_any() == volume);
+    if made {
+        return Some(format!("{volume}-{}-{ordinal}", database.name_any()));
+    }
+    claim_of_pod(spec, volume)
+}
+
+/// The number of the one replica: zero, unless `spec.ordinals.start` says otherwise.
+fn first_ordinal(database: &StatefulSet) -> i32 {
+    database.spec.as_ref().and_then(|spec| spec.ordinals.as_ref()?.start).unwrap_or(0)
+}
+
+fn host_ips(pod: &Pod) -> Vec<String> {
+    let Some(status) = &pod.status else { return Vec::new() };
+    let all = status.host_ips.iter().flatten().map(|host| host.ip.clone());
+    all.chain(status.host_ip.clone()).collect()
+}
+
+/// The IP address in `10.77.0.11:0/123` or `[fd00::11]:0/123`.
+fn ip_of(address: &str) -> String {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    host.trim_start_matches('[').trim_end_matches(']').to_owned()
+}
+
+fn strange(what: &str) -> Problem {
+    Problem::new(FailureKind::Transient, what, "see the object with kubectl get -o yaml")
+}
+
+fn of_kubernetes(error: &KubernetesError) -> Problem {
+    Problem::new(
+        FailureKind::Transient,
+        error.to_string(),
+        "see the API server, and the ClusterRole howdah-scheduler",
+    )
+}
+
+fn of_resolve(error: &ResolveError) -> Problem {
+    let (kind, cure) = match error {
+        ResolveError::Kubernetes(_) | ResolveError::NotBound { .. } => {
+            (FailureKind::Transient, "see the claim with kubectl describe pvc")
+        }
+        ResolveError::Volume { .. } => (FailureKind::Permanent, "use a volume of ceph-csi's RBD driver"),
+    };
+    Problem::new(kind, error.to_string(), cure)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn addresses_lose_port_and_nonce() {
+        assert_eq!(ip_of("10.77.0.11:0/3141"), "10.77.0.11");
+        assert_eq!(ip_of("[fd00::11]:0/3141"), "fd00::11");
+    }
+
+    fn stopped() -> StatefulSet {
+        let set = json!({
+            "metadata": {"name": "pg"},
+            "spec": {
+                "selector": {}, "serviceName": "pg", "ordinals": {"start": 1},
+                "template": {"spec": {
+                    "containers": [
+                        {"name": "sidecar", "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}]},
+                        {"name": "postgres",
+                         "env": [{"name": "PGDATA", "value": "/data/pg"}],
+                         "volumeMounts": [{"name": "data", "mountPath": "/data"}]}
+                    ],
+                    "volumes": [{"name": "tmp", "emptyDir": {}}]
+                }},
+                "volumeClaimTemplates": [{"metadata": {"name": "data"}, "spec": {}}]
+            }
+        });
+        serde_json::from_value(set).unwrap()
+    }
+
+    #[test]
+    fn the_claim_of_a_stopped_database_is_found_by_its_name() {
+        let database = stopped();
+        let spec = database.spec.as_ref().unwrap().template.spec.as_ref().unwrap();
+        let claims = |volume: &str| claim_of_template(&database, spec, volume);
+        let (container, mounts) = database_container(spec, &claims).unwrap();
+        assert_eq!(container.name, "postgres");
+        assert_eq!(preflight::one_claim(&mounts, &places(container, None)).unwrap(), "data-pg-1");
+    }
+
+    #[test]
+    fn a_wal_directory_outside_the_claim_is_refused() {
+        let mut database = stopped();
+        let template = database.spec.as_mut().unwrap().template.spec.as_mut().unwrap();
+        let env = json!([{"name": "PGDATA", "value": "/data/pg"}, {"name": "POSTGRES_INITDB_WALDIR", "value": "/tmp/wal"}]);
+        template.containers[1].env = serde_json::from_value(env).unwrap();
+        let database = database;
+        let spec = database.spec.as_ref().unwrap().template.spec.as_ref().unwrap();
+        let claims = |volume: &str| claim_of_template(&database, spec, volume);
+        let (container, mounts) = database_container(spec, &claims).unwrap();
+        let problem = preflight::one_claim(&mounts, &places(container, None)).unwrap_err();
+        assert!(problem.reason.contains("/tmp/wal"), "{}", problem.reason);
+    }
+}

@@ -1,0 +1,118 @@
+//! What the scheduler counts. No label ever carries a name or a namespace: their number has no bound.
+
+use std::sync::atomic::AtomicU64;
+
+use howdah_core::annotations::Consistency;
+use howdah_core::backup::{BackupStatus, Phase};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+/// Upper bounds in seconds: a quiet backup takes about two, one that retries until its deadline half an hour.
+const DURATION_BUCKETS: [f64; 9] = [1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 1800.0];
+
+/// How a backup ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Outcome {
+    outcome: &'static str,
+    consistency: &'static str,
+}
+
+/// The metrics of the scheduler; clones share the values.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    backups: Family<Outcome, Counter>,
+    duration: Histogram,
+    last_end: Family<Outcome, Gauge<f64, AtomicU64>>,
+    /// Age of the last good backup of the database that has waited longest for one.
+    pub stalest_success: Gauge<f64, AtomicU64>,
+    /// Protected databases that have a schedule and no good backup at all.
+    pub without_backup: Gauge,
+    /// Backups under way.
+    pub open: Gauge,
+    /// 1 while this replica leads.
+    pub leading: Gauge,
+    /// Looks at the schedules.
+    pub ticks: Counter,
+    /// Snapshots deleted by retention.
+    pub pruned: Counter,
+    /// Slots that were missed by more than the catch-up deadline.
+    pub missed: Counter,
+    /// Protected databases whose annotations do not parse.
+    pub unreadable: Gauge,
+}
+
+impl Metrics {
+    /// Registers everything in `registry`.
+    pub fn new(registry: &mut Registry) -> Self {
+        let metrics = Self {
+            backups: Family::default(),
+            duration: Histogram::new(DURATION_BUCKETS),
+            last_end: Family::default(),
+            stalest_success: Gauge::default(),
+            without_backup: Gauge::default(),
+            open: Gauge::default(),
+            leading: Gauge::default(),
+            ticks: Counter::default(),
+            pruned: Counter::default(),
+            missed: Counter::default(),
+            unreadable: Gauge::default(),
+        };
+        let registry = registry.sub_registry_with_prefix("scheduler");
+        registry.register("backups", "Backups that ended", metrics.backups.clone());
+        registry.register(
+            "backup_duration_seconds",
+            "Time from the first attempt to the end of a backup",
+            metrics.duration.clone(),
+        );
+        registry.register(
+            "last_backup_end_timestamp_seconds",
+            "When the last backup with this outcome ended, since this replica leads",
+            metrics.last_end.clone(),
+        );
+        registry.register(
+            "stalest_success_age_seconds",
+            "Age of the newest good backup of the scheduled database that has waited longest",
+            metrics.stalest_success.clone(),
+        );
+        registry.register(
+            "databases_without_backup",
+            "Scheduled databases without any good backup",
+            metrics.without_backup.clone(),
+        );
+        registry.register("backups_open", "Backups under way", metrics.open.clone());
+        registry.register("leading", "1 while this replica leads", metrics.leading.clone());
+        registry.register("ticks", "Looks at the schedules", metrics.ticks.clone());
+        registry.register("snapshots_pruned", "Snapshots deleted by retention", metrics.pruned.clone());
+        registry.register(
+            "slots_missed",
+            "Slots that were missed by more than the catch-up deadline",
+            metrics.missed.clone(),
+        );
+        registry.register(
+            "databases_unreadable",
+            "Protected databases whose annotations do not parse",
+            metrics.unreadable.clone(),
+        );
+        metrics
+    }
+
+    /// Counts a backup that ended.
+    pub fn ended(&self, status: &BackupStatus) {
+        let outcome = Outcome {
+            outcome: match status.phase {
+                Phase::Taken => "taken",
+                Phase::Stuck => "stuck",
+                _ => "failed",
+            },
+            consistency: status.consistency.map_or("none", Consistency::as_str),
+        };
+        self.backups.get_or_create(&outcome).inc();
+        let (Some(start), Some(end)) = (status.started_at, status.finished_at) else { return };
+        self.duration.observe(end.duration_since(start).as_secs_f64());
+        self.last_end.get_or_create(&outcome).set(end.as_second() as f64);
+    }
+}

@@ -1,0 +1,273 @@
+//! Deletes what the retention policy of one database no longer keeps, after a backup of it succeeded.
+//!
+//! The facts are read fresh, judged by [`retention::plan`], and each deletion is checked once more. A deletion goes
+//! snapshot, catalogue entry, record, in this order: whatever is left after a crash is found by the next run.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use howdah_adapters::ceph::{Ceph, CephError, Snapshot};
+use howdah_adapters::kubernetes::{KubernetesError, call};
+use howdah_adapters::records::PostgresBackup;
+use howdah_core::annotations::Settings;
+use howdah_core::backup::{BackupStatus, ImageRecord, Phase};
+use howdah_core::catalogue::Entry;
+use howdah_core::names;
+use howdah_core::retention::{self, Item, ItemState, KeepReason, Verdict};
+use jiff::Timestamp;
+use kube::api::{DeleteParams, ListParams, Preconditions};
+use kube::{Api, Client, ResourceExt as _};
+use thiserror::Error;
+use tracing::{debug, info, warn};
+
+/// Pause between two deletions: each one makes every OSD trim objects in the background.
+const PAUSE: Duration = Duration::from_millis(500);
+/// Records of failed backups that are kept for each database; they hold no snapshot, only the reason.
+const FAILED_RECORDS_MAX: usize = 10;
+/// Records read in one request.
+const RECORDS_PAGE: u32 = 500;
+/// Pages read before pruning gives up: far above [`retention::SNAPSHOTS_PER_IMAGE_MAX`] records of one database.
+const RECORD_PAGES_MAX: usize = 20;
+
+/// Why pruning stopped.
+#[derive(Debug, Error)]
+pub enum PruneError {
+    /// Ceph said no.
+    #[error(transparent)]
+    Ceph(#[from] CephError),
+    /// The API server said no.
+    #[error(transparent)]
+    Kubernetes(#[from] KubernetesError),
+    /// The image behind the claim is another one by now.
+    #[error("prune {image}: its id is {found} where the backup has {wanted}")]
+    OtherImage {
+        /// The image.
+        image: String,
+        /// Its id now.
+        found: String,
+        /// Its id when the backup was taken.
+        wanted: String,
+    },
+}
+
+/// What was deleted, and why.
+#[derive(Debug, Default)]
+pub struct Pruned {
+    /// Snapshot and reason.
+    pub deleted: Vec<(String, String)>,
+    /// How many are kept.
+    pub kept: usize,
+}
+
+/// What is pruned.
+pub struct Pruning<'a> {
+    /// Ceph.
+    pub ceph: &'a Ceph,
+    /// The API server.
+    pub client: &'a Client,
+    /// Namespace of the database.
+    pub namespace: &'a str,
+    /// The StatefulSet.
+    pub database: &'a str,
+    /// The backup that just succeeded.
+    pub status: &'a BackupStatus,
+    /// The image it lies in.
+    pub image: &'a ImageRecord,
+    /// The settings of the database.
+    pub settings: &'a Settings,
+}
+
+impl Pruning<'_> {
+    /// Applies the retention policy once.
+    ///
+    /// # Errors
+    /// If the facts cannot be read, or a deletion fails; what was deleted before stays deleted.
+    pub async fn run(&self, now: Timestamp) -> Result<Pruned, PruneError> {
+        let image = self.image.spec();
+        let info = self.ceph.info(&image).await?;
+        if info.id != self.image.id {
+            return Err(PruneError::OtherImage { image, found: info.id, wanted: self.image.id.clone() });
+        }
+        let records = self.records().await?;
+        let snapshots = self.ceph.snapshots(&image).await?;
+        let catalogue = self.ceph.metadata(&image).await?;
+        let items = self.items(&snapshots, &catalogue, &records);
+        let plan = retention::plan(now, &self.settings.time_zone, self.settings.retention.as_ref(), &items);
+        let mut pruned = Pruned {
+            kept: plan.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Keep(_))).count(),
+            ..Pruned::default()
+        };
+        for (item, verdict) in &plan {
+            if let Verdict::Keep(reasons) = verdict {
+                let reasons: Vec<String> = reasons.iter().map(KeepReason::to_string).collect();
+                debug!(snapshot = item.snapshot, reasons = reasons.join(", "), "kept");
+            }
+        }
+        for (item, reason) in retention::deletions(&plan) {
+            if self.delete(item, &records).await? {
+                info!(image, snapshot = item.snapshot, reason = %reason, "backup deleted by retention");
+                pruned.deleted.push((item.snapshot.clone(), reason.to_string()));
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+        self.tidy_records(&records, &snapshots, &pruned).await;
+        Ok(pruned)
+    }
+
+    /// The records of this database, from the API server itself: a cache could hide a hold.
+    async fn records(&self) -> Result<Vec<PostgresBackup>, KubernetesError> {
+        let api = Api::<PostgresBackup>::namespaced(self.client.clone(), self.namespace);
+        let attempt = format!("list the backups of {}/{}", self.namespace, self.database);
+        let mut parameters = ListParams::default().limit(RECORDS_PAGE);
+        let mut records = Vec::new();
+        for _ in 0..RECORD_PAGES_MAX {
+            let page = call(attempt.as_str(), api.list(&parameters)).await?;
+            let more = page.metadata.continue_.clone().filter(|token| !token.is_empty());
+            records.extend(page.items.into_iter().filter(|record| record.spec.stateful_set == self.database));
+            match more {
+                Some(token) => parameters = parameters.continue_token(&token),
+                None => return Ok(records),
+            }
+        }
+        // Deciding on half of the holds would be worse than not pruning.
+        Err(KubernetesError::Incomplete {
+            attempt,
+            problem: format!(
+                "the namespace has more than {} backups",
+                RECORDS_PAGE as usize * RECORD_PAGES_MAX
+            ),
+        })
+    }
+
+    /// What is known of each snapshot of the image. Its clones are asked for only before a deletion.
+    fn items(
+        &self,
+        snapshots: &[Snapshot],
+        catalogue: &BTreeMap<String, String>,
+        records: &[PostgresBackup],
+    ) -> Vec<Item> {
+        let item = |snapshot: &Snapshot| {
+            let name = &snapshot.name;
+            let own = records.iter().filter(|record| self.is_of(record, snapshot));
+            let (mut held, mut in_use, mut taken) = (false, false, false);
+            for record in own {
+                held |= record.annotations().contains_key(names::HOLD);
+                let phase = record.status.as_ref().map(|status| status.phase).unwrap_or_default();
+                taken |= phase.is_success();
+                // `Stuck` waits for a human, who may still want to look.
+                in_use |= !phase.is_terminal() || phase == Phase::Stuck;
+            }
+            let just_taken = self.status.snapshot.as_ref().is_some_and(|own| own.id == snapshot.id);
+            let catalogued = catalogue
+                .get(&names::image_meta_key(name))
+                .and_then(|value| Entry::from_value(value).ok())
+                .is_some_and(|entry| entry.snapshot_id == snapshot.id && entry.image_id == self.image.id);
+            let slot = names::slot_of_snapshot(name).filter(|_| snapshot.by_user);
+            let state = match slot {
+                None => ItemState::Foreign,
+                Some(_) if taken || catalogued || just_taken => ItemState::Taken,
+                Some(_) => ItemState::Unfinished,
+            };
+            Item {
+                snapshot: name.clone(),
+                taken_at: slot.unwrap_or(Timestamp::UNIX_EPOCH),
+                state,
+                held,
+                has_clones: snapshot.protected,
+                in_use: in_use && !just_taken,
+            }
+        };
+        snapshots.iter().map(item).collect()
+    }
+
+    /// Whether `record` is of `snapshot`: by id once it is known, by name before.
+    fn is_of(&self, record: &PostgresBackup, snapshot: &Snapshot) -> bool {
+        let Some(status) = &record.status else { return false };
+        match (&status.snapshot, &status.image) {
+            (Some(own), Some(image)) => own.id == snapshot.id && image.id == self.image.id,
+            _ => {
+                let Some(slot) = status.slot else { return false };
+                snapshot.name == names::snapshot_name(slot)
+                    || snapshot.name == names::manual_snapshot_name(slot)
+            }
+        }
+    }
+
+    /// Deletes one backup, unless somebody came to need it in the meantime.
+    async fn delete(&self, item: &Item, records: &[PostgresBackup]) -> Result<bool, PruneError> {
+        let image = self.image.spec();
+        let clones = self.ceph.children(&image, &item.snapshot).await?;
+        if !clones.is_empty() {
+            info!(image, snapshot = item.snapshot, clones = clones.join(", "), "kept: it has clones");
+            return Ok(false);
+        }
+        let api = Api::<PostgresBackup>::namespaced(self.client.clone(), self.namespace);
+        let record = records.iter().find(|record| {
+            let own = record.status.as_ref().and_then(|status| status.snapshot.as_ref());
+            own.is_some_and(|own| own.name == item.snapshot)
+        });
+        if let Some(record) = record {
+            let name = record.name_any();
+            let fresh = call(format!("get the backup {}/{name}", self.namespace), api.get_opt(&name)).await?;
+            if fresh.is_some_and(|fresh| fresh.annotations().contains_key(names::HOLD)) {
+                info!(image, snapshot = item.snapshot, "kept: a hold was put on it");
+                return Ok(false);
+            }
+        }
+        match self.ceph.remove_snapshot(&image, &item.snapshot).await {
+            Ok(()) | Err(CephError::NotFound { .. }) => {}
+            Err(CephError::Busy { detail, .. }) => {
+                info!(image, snapshot = item.snapshot, detail, "kept: it is in use");
+                return Ok(false);
+            }
+            Err(error) => return Err(error.into()),
+        }
+        self.ceph.remove_metadata(&image, &names::image_meta_key(&item.snapshot)).await?;
+        if let Some(record) = record {
+            self.delete_record(record).await?;
+        }
+        Ok(true)
+    }
+
+    async fn delete_record(&self, record: &PostgresBackup) -> Result<(), KubernetesError> {
+        let name = record.name_any();
+        let api = Api::<PostgresBackup>::namespaced(self.client.clone(), self.namespace);
+        let parameters = DeleteParams {
+            preconditions: Some(Preconditions { uid: record.uid(), resource_version: None }),
+            ..DeleteParams::default()
+        };
+        match call(format!("delete the backup {}/{name}", self.namespace), api.delete(&name, &parameters))
+            .await
+        {
+            Ok(_) | Err(KubernetesError::NotFound { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Deletes records that stand for nothing: of snapshots that are gone from this image, and old failures.
+    async fn tidy_records(&self, records: &[PostgresBackup], snapshots: &[Snapshot], pruned: &Pruned) {
+        let is_held = |record: &PostgresBackup| record.annotations().contains_key(names::HOLD);
+        let gone = |record: &&PostgresBackup| {
+            let Some(status) = &record.status else { return false };
+            let (Some(own), Some(image)) = (&status.snapshot, &status.image) else { return false };
+            let deleted = pruned.deleted.iter().any(|(name, _)| *name == own.name);
+            status.phase.is_success()
+                && image.id == self.image.id
+                && !deleted
+                && snapshots.iter().all(|snapshot| snapshot.id != own.id)
+        };
+        let mut failed: Vec<&PostgresBackup> = records
+            .iter()
+            .filter(|record| record.status.as_ref().is_some_and(|status| status.phase == Phase::Failed))
+            .collect();
+        failed.sort_by_key(|record| record.status.as_ref().and_then(|status| status.slot));
+        let old = failed.len().saturating_sub(FAILED_RECORDS_MAX);
+        let stale = records.iter().filter(gone).chain(failed.into_iter().take(old));
+        for record in stale.filter(|record| !is_held(record)).take(retention::DELETIONS_PER_RUN_MAX) {
+            match self.delete_record(record).await {
+                Ok(()) => info!(backup = record.name_any(), "record deleted: it stands for no snapshot"),
+                Err(error) => warn!(backup = record.name_any(), error = %error, "delete a stale record"),
+            }
+        }
+    }
+}
