@@ -12,7 +12,7 @@ use crate::control_plane::Profile;
 use crate::lab::Lab;
 use crate::storage::glue;
 use crate::up::Wanted;
-use crate::{demo, down, forward, install, netns, process, status, up};
+use crate::{demo, down, forward, install, netns, node, process, status, up};
 
 /// A real Kubernetes on real Ceph, on one machine, in its own network namespace.
 #[derive(Debug, Parser)]
@@ -59,6 +59,11 @@ enum Command {
         #[arg(long, default_value_t = netns::NODES_MAX, value_parser = clap::value_parser!(u8).range(1..=i64::from(netns::NODES_MAX)))]
         nodes: u8,
     },
+    /// Build what nodes are made of (binaries, root tree, images) into the cache, without bringing up a lab.
+    Build,
+    /// Break a node, or mend it.
+    #[command(subcommand)]
+    Node(node::faults::Switch),
     /// Record this process, then become the command.
     #[command(name = "__run", hide = true)]
     Run {
@@ -95,6 +100,11 @@ impl Args {
             Command::Demo { nodes } => {
                 process::mark_self(&lab)?;
                 demo::run(&lab, nodes)
+            }
+            Command::Build => node::parts::build().map(drop),
+            Command::Node(switch) => {
+                process::mark_self(&lab)?;
+                switch.run(&lab)
             }
             Command::Run { record, command } => process::run_recorded(&record, &command),
             Command::Forward { listen, target, address_file } => {

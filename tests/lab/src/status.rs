@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use crate::lab::Lab;
 use crate::netns::BRIDGE_ADDRESS;
-use crate::{ceph, control_plane, forward, netns, process};
+use crate::{ceph, control_plane, forward, netns, node, process};
 
 /// How long a status waits for the apiserver: a human is waiting for it.
 const NODES_LIMIT: Duration = Duration::from_secs(5);
@@ -42,6 +42,7 @@ pub fn describe(lab: &Lab) -> Result<String> {
             Err(error) => writeln!(text, "\nnodes unknown: {error:#}")?,
         }
     }
+    write!(text, "\n{}", node::describe(lab)?)?;
     Ok(text)
 }
 

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::control_plane::{self, Profile};
 use crate::lab::Lab;
-use crate::{ceph, netns, process, progress, requirements, storage};
+use crate::{ceph, netns, node, process, progress, requirements, storage};
 
 /// Another `up` of the same lab may be building everything from nothing; we wait for it rather than fail.
 const LOCK_LIMIT: Duration = Duration::from_secs(45 * 60);
@@ -41,7 +41,7 @@ pub fn run(lab: &Lab, wanted: Wanted) -> Result<()> {
     netns::create(lab)?;
     // What needs nothing of each other but the namespace.
     together(vec![
-        ("control plane", Box::new(|| control_plane_part(lab, profile))),
+        ("Kubernetes", Box::new(|| kubernetes_part(lab, wanted, profile))),
         ("Ceph", Box::new(|| ceph_part(lab, wanted))),
     ])?;
     if wanted.ceph {
@@ -74,9 +74,17 @@ fn ceph_part(lab: &Lab, wanted: Wanted) -> Result<()> {
     progress::step("Ceph ready", || ceph::up(lab))
 }
 
-fn control_plane_part(lab: &Lab, profile: Profile) -> Result<()> {
-    let binary = control_plane::binaries()?.join("howdah-kube");
-    progress::step("control plane ready", || control_plane::up(lab, profile, &binary))
+/// The control plane, and then the nodes; what they are made of is built meanwhile.
+fn kubernetes_part(lab: &Lab, wanted: Wanted, profile: Profile) -> Result<()> {
+    thread::scope(|scope| {
+        let parts = scope.spawn(|| (wanted.nodes > 0).then(node::parts::build).transpose());
+        let binary = control_plane::binaries()?.join("howdah-kube");
+        progress::step("control plane ready", || control_plane::up(lab, profile, &binary))?;
+        match parts.join().map_err(|_| anyhow!("build what nodes are made of: the thread panicked"))?? {
+            Some(parts) => node::up(lab, wanted.nodes, &parts),
+            None => Ok(()),
+        }
+    })
 }
 
 /// Creates the instance directory, or makes sure that the one there is of the profile asked for.
