@@ -18,8 +18,9 @@ use crate::kubernetes::{Kubernetes, KubernetesError, PodCommand, read_bounded};
 /// How long the client tries to reach the monitors before it says so itself (Ceph's default is 300 s).
 pub(super) const MOUNT_LIMIT: Duration = Duration::from_secs(20);
 
-/// Kept of a command's standard output. The largest answer is an image's metadata: 200 entries of a few KiB.
-const STDOUT_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Kept of a command's standard output. The largest answer is an image's metadata: 190 catalogue entries of at most 16 KiB,
+/// before JSON escapes them.
+const STDOUT_BYTES_MAX: usize = 8 * 1024 * 1024;
 
 /// Kept of a command's standard error; librbd writes a few lines per failure.
 const STDERR_BYTES_MAX: usize = 64 * 1024;
