@@ -6,6 +6,7 @@ use howdah_core::backup::{BackupStatus, Trigger};
 use jiff::Timestamp;
 use kube::{CustomResource, CustomResourceExt as _, KubeSchema};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// What is to be backed up. It cannot be changed once the object exists.
 #[derive(Clone, Debug, CustomResource, Deserialize, Serialize, KubeSchema, PartialEq, Eq)]
@@ -56,11 +57,28 @@ pub struct PostgresBackupSpec {
 /// # Errors
 /// If a definition cannot be written as YAML.
 pub fn crd_yaml() -> anyhow::Result<Vec<(&'static str, String)>> {
-    let definition = PostgresBackup::crd();
+    let mut definition =
+        serde_json::to_value(PostgresBackup::crd()).context("write the PostgresBackup definition as JSON")?;
+    drop_unsigned_formats(&mut definition);
     let yaml =
         serde_yaml_ng::to_string(&definition).context("write the PostgresBackup definition as YAML")?;
     let head = "# Generated from adapters/src/records.rs by `make generate`; do not edit.\n";
     Ok(vec![("postgresbackups.yaml", format!("{head}{yaml}"))])
+}
+
+/// Removes the formats of unsigned numbers, which the API server does not know and warns of at each `kubectl apply`;
+/// `minimum: 0` stays and says the same.
+fn drop_unsigned_formats(schema: &mut Value) {
+    match schema {
+        Value::Object(fields) => {
+            if fields.get("format").and_then(Value::as_str).is_some_and(|format| format.starts_with("uint")) {
+                fields.remove("format");
+            }
+            fields.values_mut().for_each(drop_unsigned_formats);
+        }
+        Value::Array(items) => items.iter_mut().for_each(drop_unsigned_formats),
+        _ => {}
+    }
 }
 
 #[cfg(test)]

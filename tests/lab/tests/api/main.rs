@@ -1,8 +1,7 @@
 //! Tests that need a real API server and no nodes.
 
-mod certs;
+mod cli;
 mod deploy;
 mod leader;
-mod policy;
 mod rbac;
-mod webhook;
+mod records;

@@ -1,0 +1,112 @@
+//! `kubectl howdah`, as the built command, against a real API server.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics, in its helpers too")]
+
+use std::process::{Command, Output};
+
+use howdah_lab::lab::Lab;
+use howdah_lab::testing::shared_name;
+
+use crate::deploy::{TURN, apply_rights};
+use crate::records::install_definitions;
+
+/// Runs the command that cargo built beside this test.
+fn howdah(lab: &Lab, arguments: &[&str]) -> (bool, String) {
+    let test = std::env::current_exe().unwrap();
+    let binary = test.ancestors().nth(2).unwrap().join("kubectl-howdah");
+    assert!(binary.is_file(), "there is no {}: run `cargo build --workspace --bins`", binary.display());
+    let Output { status, stdout, stderr } =
+        Command::new(binary).arg("--kubeconfig").arg(lab.kubeconfig()).args(arguments).output().unwrap();
+    (status.success(), String::from_utf8([stdout, stderr].concat()).unwrap())
+}
+
+const DATABASE: &str = r#"
+apiVersion: apps/v1
+kind: StatefulSet
+metadata:
+  name: db
+  labels: {howdah.dev/protect: "true"}
+  annotations: {howdah.dev/schedule: "0 3 * * *", howdah.dev/retention: "last=1"}
+spec:
+  replicas: 0
+  selector: {matchLabels: {app: db}}
+  template:
+    metadata: {labels: {app: db}}
+    spec: {containers: [{name: postgres, image: "postgres:15"}]}
+"#;
+
+/// A record with the status of a completed backup; the test plays the scheduler.
+fn record_backup(lab: &Lab, namespace: &str, day: u8) {
+    let name = format!("db-202611{day:02}030000");
+    let manifest = format!(
+        r#"{{"apiVersion":"howdah.dev/v1alpha1","kind":"PostgresBackup","metadata":{{"name":"{name}","namespace":"{namespace}"}},"spec":{{"statefulSet":"db"}}}}"#
+    );
+    assert!(lab.kubectl_apply(&manifest).unwrap().status.success());
+    let status = format!(
+        r#"{{"status":{{"phase":"Taken","consistency":"online","slot":"2026-11-{day:02}T03:00:00Z","snapshot":{{"name":"howdah-202611{day:02}T030000Z","id":{day},"size":1}}}}}}"#
+    );
+    let patch =
+        ["patch", "pgb", &name, "-n", namespace, "--subresource=status", "--type=merge", "-p", &status];
+    lab.kubectl_ok(&patch).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn status_and_plan_follow_the_records() {
+    let lab = Lab::open_or_up_without_ceph(&shared_name()).unwrap();
+    let _turn = TURN.lock().await;
+    install_definitions(&lab);
+    let namespace = lab.namespace("cli").unwrap();
+    let place = ["-n", namespace.name()];
+
+    let (ok, text) = howdah(&lab, &[&["status"], &place[..]].concat());
+    assert!(ok && text.contains("No protected StatefulSet"), "{text}");
+    let created = lab.kubectl_with_input(&["create", "-n", namespace.name(), "-f", "-"], DATABASE).unwrap();
+    assert!(created.status.success(), "{}", String::from_utf8_lossy(&created.stderr));
+    let (ok, text) = howdah(&lab, &[&["status"], &place[..]].concat());
+    assert!(ok && text.contains("waiting for its first backup"), "{text}");
+
+    record_backup(&lab, namespace.name(), 1);
+    record_backup(&lab, namespace.name(), 2);
+    for arguments in [&["status", "-A"][..], &["status", place[0], place[1]]] {
+        let (ok, text) = howdah(&lab, arguments);
+        let line = text.lines().find(|line| line.starts_with(namespace.name())).unwrap_or_default();
+        assert!(ok && line.contains("online") && line.ends_with("ok"), "{text}");
+    }
+    let (ok, text) = howdah(&lab, &[&["prune", "db", "--dry-run"], &place[..]].concat());
+    assert!(ok && text.contains("1 kept, 1 to delete"), "{text}");
+    assert!(text.contains("newest good") && text.contains("no rule keeps it"), "{text}");
+    let left = lab.kubectl_ok(&["get", "pgb", "-n", namespace.name(), "-o", "name"]).unwrap();
+    assert_eq!(left.lines().count(), 2, "a dry run deleted something: {left}");
+
+    let (ok, text) = howdah(&lab, &[&["prune", "absent", "--dry-run"], &place[..]].concat());
+    assert!(!ok && text.contains("get the StatefulSet") && text.contains("not found"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn protect_lets_the_scheduler_read_secrets_there_and_nowhere_else() {
+    let lab = Lab::open_or_up_without_ceph(&shared_name()).unwrap();
+    let _turn = TURN.lock().await;
+    apply_rights(&lab, "rook").unwrap();
+    let (granting, ordinary) = (lab.namespace("granting").unwrap(), lab.namespace("ordinary").unwrap());
+    let may = |namespace: &str, verb: &str| {
+        let account = "--as=system:serviceaccount:howdah-system:howdah-scheduler";
+        let asked = lab.kubectl(&["auth", "can-i", verb, "secrets", "-n", namespace, account]).unwrap();
+        asked.status.success()
+    };
+    assert!(!may(granting.name(), "get"));
+
+    let (ok, yaml) = howdah(&lab, &["protect", granting.name(), "--dry-run"]);
+    assert!(ok && yaml.contains("kind: RoleBinding"), "{yaml}");
+    assert!(!may(granting.name(), "get"), "a dry run granted something");
+    let (ok, text) = howdah(&lab, &["protect", granting.name()]);
+    assert!(ok && text.contains("created"), "{text}");
+    assert!(may(granting.name(), "get") && !may(granting.name(), "list") && !may(ordinary.name(), "get"));
+    let (ok, text) = howdah(&lab, &["protect", granting.name()]);
+    assert!(ok && text.contains("nothing changed"), "{text}");
+    // What was printed is what was made.
+    let applied = lab.kubectl_apply(&yaml).unwrap();
+    assert!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
+
+    let (ok, text) = howdah(&lab, &["protect", "no-such-namespace"]);
+    assert!(!ok && text.contains("no-such-namespace"), "{text}");
+}

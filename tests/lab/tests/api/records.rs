@@ -1,0 +1,158 @@
+//! `PostgresBackup` on a real API server: what it refuses, what it shows, and that the journal survives a round trip.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics, in its helpers too")]
+
+use howdah_adapters::records::{PostgresBackup, PostgresBackupSpec, crd_yaml};
+use howdah_core::annotations::Consistency;
+use howdah_core::backup::{
+    BackupStatus, Condition, Failure, FailureKind, ImageRecord, Phase, SnapshotRecord, StepOutcome,
+    StepRecord, Trigger,
+};
+use howdah_lab::lab::Lab;
+use howdah_lab::testing::shared_name;
+use jiff::Timestamp;
+use kube::api::{Api, PostParams};
+
+use crate::deploy::TURN;
+
+/// Puts the definitions on the server, as `deploy/` does.
+pub fn install_definitions(lab: &Lab) {
+    for (name, yaml) in crd_yaml().unwrap() {
+        let arguments = ["apply", "--server-side", "--force-conflicts", "-f", "-"];
+        let applied = lab.kubectl_with_input(&arguments, &yaml).unwrap();
+        let stderr = String::from_utf8_lossy(&applied.stderr);
+        assert!(applied.status.success(), "{name}: {stderr}");
+        assert!(!stderr.contains("Warning"), "{name}: {stderr}");
+        let wait = ["wait", "--for=condition=Established", "--timeout=30s", "crd/postgresbackups.howdah.dev"];
+        lab.kubectl_ok(&wait).unwrap();
+    }
+}
+
+fn slot() -> Timestamp {
+    "2026-11-22T03:00:00Z".parse().unwrap()
+}
+
+/// A status with every field set, so that the schema must know each of them.
+fn full_status() -> BackupStatus {
+    let step = StepRecord {
+        phase: Phase::Snapshotting,
+        attempt: 1,
+        started_at: slot(),
+        took_ms: Some(570),
+        outcome: Some(StepOutcome::Failed),
+        message: Some("words".to_owned()),
+    };
+    let text = || Some("text\nwith \"quotes\"".to_owned());
+    BackupStatus {
+        phase: Phase::Taken,
+        attempt: 2,
+        consistency: Some(Consistency::Online),
+        slot: Some(slot()),
+        started_at: Some(slot()),
+        finished_at: Some(slot()),
+        deadline: Some(slot()),
+        retry_at: Some(slot()),
+        phase_retries: 1,
+        steps: vec![step],
+        image: Some(ImageRecord {
+            pool: "replicapool".to_owned(),
+            rados_namespace: "tenant".to_owned(),
+            name: "csi-vol-1".to_owned(),
+            id: "10393aa892a5".to_owned(),
+        }),
+        snapshot: Some(SnapshotRecord { name: "howdah-20261122T030000Z".to_owned(), id: 4, size: 1 << 40 }),
+        pod: text(),
+        node: text(),
+        postgres_version: text(),
+        system_identifier: Some("7575757575757575757".to_owned()),
+        timeline: Some(1),
+        start_lsn: text(),
+        stop_lsn: text(),
+        label: text(),
+        spcmap: text(),
+        conditions: vec![Condition {
+            kind: "Online".to_owned(),
+            status: "True".to_owned(),
+            reason: "Fine".to_owned(),
+            message: "words".to_owned(),
+            last_transition_time: slot(),
+        }],
+        failure: Some(Failure {
+            step: Phase::Preflight,
+            kind: FailureKind::Transient,
+            reason: "words".to_owned(),
+            cure: "do it".to_owned(),
+        }),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_keeps_its_journal_and_its_order() {
+    let lab = Lab::open_or_up_without_ceph(&shared_name()).unwrap();
+    let _turn = TURN.lock().await;
+    install_definitions(&lab);
+    let namespace = lab.namespace("records").unwrap();
+    let backups = Api::<PostgresBackup>::namespaced(lab.client().await.unwrap(), namespace.name());
+    let spec = PostgresBackupSpec {
+        stateful_set: "db".to_owned(),
+        stateful_set_uid: Some("0b9f".to_owned()),
+        slot: Some(slot()),
+        trigger: Trigger::Schedule,
+        consistency: Some(Consistency::Online),
+    };
+    let wanted = PostgresBackup::new("db-20261122030000", spec);
+    let mut created = backups.create(&PostParams::default(), &wanted).await.unwrap();
+    assert!(created.status.is_none());
+
+    // Every field must come back, or a restart would resume from half a journal.
+    created.status = Some(full_status());
+    backups.replace_status("db-20261122030000", &PostParams::default(), &created).await.unwrap();
+    let read = backups.get("db-20261122030000").await.unwrap();
+    assert_eq!(read.spec, wanted.spec);
+    assert_eq!(read.status, Some(full_status()));
+
+    let mut changed = read.clone();
+    changed.spec.stateful_set = "other".to_owned();
+    let refused = backups.replace("db-20261122030000", &PostParams::default(), &changed).await.unwrap_err();
+    assert!(refused.to_string().contains("a backup's spec cannot be changed"), "{refused}");
+
+    let shown = lab.kubectl_ok(&["get", "pgb", "-n", namespace.name()]).unwrap();
+    let header = ["NAME", "DATABASE", "CONSISTENCY", "PHASE", "SLOT", "SNAPSHOT", "AGE"];
+    assert_eq!(shown.lines().next().unwrap().split_whitespace().collect::<Vec<_>>(), header, "{shown}");
+    for part in ["db-20261122030000", "online", "Taken", "2026-11-22T03:00:00Z", "howdah-20261122T030000Z"] {
+        assert!(shown.contains(part), "{part} is not in\n{shown}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_by_hand_needs_a_name_and_nothing_it_does_not_know() {
+    let lab = Lab::open_or_up_without_ceph(&shared_name()).unwrap();
+    let _turn = TURN.lock().await;
+    install_definitions(&lab);
+    let namespace = lab.namespace("records").unwrap();
+    let create = |spec: &str| {
+        let manifest = format!(
+            r#"{{"apiVersion":"howdah.dev/v1alpha1","kind":"PostgresBackup","metadata":{{"generateName":"by-hand-","namespace":"{}"}},"spec":{spec}}}"#,
+            namespace.name()
+        );
+        let output = lab
+            .kubectl_with_input(&["create", "--validate=strict", "-o", "json", "-f", "-"], &manifest)
+            .unwrap();
+        (
+            output.status.success(),
+            String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned(),
+        )
+    };
+    let (made, text) = create(r#"{"statefulSet":"db"}"#);
+    assert!(made && text.contains(r#""trigger": "Manual""#), "{text}");
+    for (spec, wanted) in [
+        ("{}", "spec.statefulSet: Required value"),
+        (r#"{"statefulSet":""}"#, "name the StatefulSet to back up"),
+        (r#"{"statefulSet":"db","consistency":"perfect"}"#, "spec.consistency: Unsupported value"),
+        (r#"{"statefulSet":"db","slot":"tomorrow"}"#, "spec.slot"),
+        (r#"{"statefulSet":"db","retention":"last=1"}"#, "unknown field \"spec.retention\""),
+    ] {
+        let (made, text) = create(spec);
+        assert!(!made && text.contains(wanted), "{spec}: {text}");
+    }
+}
