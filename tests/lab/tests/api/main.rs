@@ -1,7 +1,10 @@
 //! Tests that need a real API server and no nodes.
 
+mod certs;
 mod cli;
 mod deploy;
 mod leader;
+mod policy;
 mod rbac;
 mod records;
+mod webhook;

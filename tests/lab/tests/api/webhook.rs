@@ -1,0 +1,378 @@
+//! A webhook of a test's own: the built binary beside a real API server, with configurations from deploy/ that reach
+//! only the namespace of the test.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot go on panics, in its helpers too"
+)]
+
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use howdah_lab::lab::Lab;
+use howdah_lab::netns;
+use howdah_lab::repository;
+use howdah_lab::testing::{Process, TempNamespace, shared_name};
+use kube::Client;
+use kube::client::Body;
+use kube::core::Request;
+use nix::sys::signal::Signal;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName};
+use serde::Deserialize as _;
+use serde_json::{Value, json};
+
+/// How long the webhook may take to become ready; it takes well below a second on an idle machine.
+const READY_LIMIT: Duration = Duration::from_secs(60);
+/// How long a change may take to reach the caches of webhook and API server.
+const SETTLE_LIMIT: Duration = Duration::from_secs(30);
+/// Pause between two looks.
+const POLL: Duration = Duration::from_millis(100);
+/// Limit of one raw request.
+const REQUEST_LIMIT: Duration = Duration::from_secs(20);
+
+/// The webhook of one test; it and its configurations end when this is dropped.
+pub struct Webhook {
+    /// The lab it runs in.
+    pub lab: Lab,
+    /// A client with the rights of an administrator.
+    pub client: Client,
+    /// The namespace that its configurations reach; they are called the same.
+    pub namespace: TempNamespace,
+    replicas: Vec<Replica>,
+    flags: Vec<String>,
+}
+
+/// One process.
+pub struct Replica {
+    process: Option<Process>,
+    name: String,
+    /// Where it answers reviews.
+    pub reviews: SocketAddr,
+    /// Where it answers health and metrics.
+    pub diagnostics: SocketAddr,
+}
+
+/// An answer of the API server.
+#[derive(Debug)]
+pub struct Answer {
+    /// The HTTP status.
+    pub status: u16,
+    /// The warnings, as sent.
+    pub warnings: Vec<String>,
+    /// The object, or the Status.
+    pub body: Value,
+}
+
+impl Answer {
+    /// Whether the request passed.
+    pub fn passed(&self) -> bool {
+        self.status < 300
+    }
+
+    /// The message of a refusal.
+    pub fn message(&self) -> &str {
+        self.body["message"].as_str().unwrap_or_default()
+    }
+}
+
+impl Webhook {
+    /// A namespace without a webhook, yet.
+    pub async fn absent() -> Self {
+        let lab = Lab::open_or_up_without_ceph(&shared_name()).unwrap();
+        let client = lab.client().await.unwrap();
+        let namespace = lab.namespace("webhook").unwrap();
+        Self { lab, client, namespace, replicas: Vec::new(), flags: Vec::new() }
+    }
+
+    /// A webhook with these flags, ready.
+    pub async fn start(flags: &[&str]) -> Self {
+        let mut webhook = Self::absent().await;
+        webhook.install(flags, 1);
+        webhook
+    }
+
+    /// Applies the Secret and the configurations and starts the replicas; the configurations call the first.
+    pub fn install(&mut self, flags: &[&str], replicas: usize) {
+        self.flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
+        self.kubectl_apply(&manifest("webhook-ca.yaml", |object| {
+            object["metadata"]["namespace"] = json!(self.namespace.name());
+        }));
+        for _ in 0..replicas {
+            let replica = self.spawn(self.replicas.len(), None);
+            self.replicas.push(replica);
+        }
+        self.apply_configurations();
+        self.wait_ready();
+    }
+
+    /// Applies the configurations of deploy/, with the address of the first replica and for this namespace alone.
+    pub fn apply_configurations(&self) {
+        let reviews = self.replicas[0].reviews;
+        self.kubectl_apply(&manifest("webhook-configuration.yaml", |configuration| {
+            configuration["metadata"]["name"] = json!(self.namespace.name());
+            for webhook in configuration["webhooks"].as_array_mut().unwrap() {
+                let path = webhook["clientConfig"]["service"]["path"].as_str().unwrap();
+                webhook["clientConfig"] = json!({"url": format!("https://{reviews}{path}")});
+                webhook["namespaceSelector"] =
+                    json!({"matchLabels": {"kubernetes.io/metadata.name": self.namespace.name()}});
+            }
+        }));
+    }
+
+    fn kubectl_apply(&self, yaml: &str) {
+        let output = self.lab.kubectl_apply(yaml).unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn spawn(&self, index: usize, reviews: Option<SocketAddr>) -> Replica {
+        let (free, diagnostics) = netns::within(&self.lab, || (free_port(), free_port())).unwrap();
+        let reviews = reviews.unwrap_or(free);
+        let name = format!("{}-{index}", self.namespace.name());
+        let mut command = Command::new(binary());
+        command
+            .args(["--listen", &reviews.to_string(), "--diagnostics", &diagnostics.to_string()])
+            .args(["--namespace", self.namespace.name(), "--configuration", self.namespace.name()])
+            .args(["--name", &netns::BRIDGE_ADDRESS.to_string(), "--propagation-seconds", "1"])
+            .arg("--kubeconfig")
+            .arg(self.lab.inside_kubeconfig())
+            .args(["--log", "info,howdah_webhook=debug"])
+            .args(&self.flags);
+        let process = self.lab.spawn_inside(&name, &command).unwrap();
+        Replica { process: Some(process), name, reviews, diagnostics }
+    }
+
+    /// Waits until every replica is ready and the API server knows how to call the first.
+    fn wait_ready(&mut self) {
+        for index in 0..self.replicas.len() {
+            let diagnostics = self.replicas[index].diagnostics;
+            let lab = self.lab.clone();
+            let process = self.replicas[index].process.as_mut().unwrap();
+            process
+                .wait_ready(READY_LIMIT, || {
+                    let ready = netns::within(&lab, || plain_get(diagnostics, "/readyz")).unwrap();
+                    ready.is_some_and(|answer| answer.starts_with("HTTP/1.1 200"))
+                })
+                .unwrap();
+        }
+    }
+
+    /// A replica.
+    pub fn replica(&self, index: usize) -> &Replica {
+        &self.replicas[index]
+    }
+
+    /// Kills the first replica as a crash would.
+    pub fn kill(&mut self) {
+        let process = self.replicas[0].process.as_mut().unwrap();
+        process.signal(Signal::SIGKILL).unwrap();
+        assert!(process.wait_gone(READY_LIMIT));
+        self.replicas[0].process = None;
+    }
+
+    /// Asks the first replica to end, and returns at once.
+    pub fn terminate(&self) {
+        self.replicas[0].process.as_ref().unwrap().signal(Signal::SIGTERM).unwrap();
+    }
+
+    /// Waits for the first replica to have ended.
+    pub fn wait_gone(&mut self) {
+        assert!(self.replicas[0].process.as_mut().unwrap().wait_gone(READY_LIMIT));
+        self.replicas[0].process = None;
+    }
+
+    /// Starts the first replica again, at the same address.
+    pub fn restart(&mut self) {
+        self.replicas[0] = self.spawn(0, Some(self.replicas[0].reviews));
+        self.wait_ready();
+    }
+
+    /// What a replica has printed.
+    pub fn output(&self, index: usize) -> String {
+        let name = &self.replicas[index].name;
+        std::fs::read_to_string(self.lab.path(format!("logs/{name}.log"))).unwrap()
+    }
+
+    /// The metrics of a replica.
+    pub fn metrics(&self, index: usize) -> String {
+        let address = self.replicas[index].diagnostics;
+        netns::within(&self.lab, || plain_get(address, "/metrics")).unwrap().unwrap()
+    }
+
+    /// One request to the API server, in the namespace of the test.
+    pub async fn send(&self, path: &str, request: impl FnOnce(Request) -> Raw) -> Answer {
+        send(&self.client, &self.path(path), request).await
+    }
+
+    /// The API path of a resource in the namespace of the test.
+    fn path(&self, resource: &str) -> String {
+        match resource {
+            "persistentvolumeclaims" | "secrets" => {
+                format!("/api/v1/namespaces/{}/{resource}", self.namespace.name())
+            }
+            "persistentvolumes" => format!("/api/v1/{resource}"),
+            "storageclasses" => format!("/apis/storage.k8s.io/v1/{resource}"),
+            _ if resource.ends_with("webhookconfigurations") => {
+                format!("/apis/admissionregistration.k8s.io/v1/{resource}")
+            }
+            _ => format!("/apis/apps/v1/namespaces/{}/{resource}", self.namespace.name()),
+        }
+    }
+
+    /// Reads an object.
+    pub async fn get(&self, resource: &str, name: &str) -> Value {
+        let answer = self.send(resource, |request| request.get(name, &Default::default())).await;
+        assert!(answer.passed(), "get {resource} {name}: {}", answer.message());
+        answer.body
+    }
+
+    /// Creates an object.
+    pub async fn create(&self, resource: &str, object: &Value, dry_run: bool) -> Answer {
+        let data = serde_json::to_vec(object).unwrap();
+        let params = kube::api::PostParams { dry_run, ..Default::default() };
+        self.send(resource, |request| request.create(&params, data)).await
+    }
+
+    /// Deletes an object; it may be absent.
+    pub async fn delete(&self, resource: &str, name: &str) {
+        self.send(resource, |request| request.delete(name, &Default::default())).await;
+    }
+
+    /// The bundle that the API server has for every webhook of both configurations.
+    pub async fn bundles(&self) -> Vec<String> {
+        let mut bundles = Vec::new();
+        for kind in ["mutatingwebhookconfigurations", "validatingwebhookconfigurations"] {
+            let configuration = self.get(kind, self.namespace.name()).await;
+            for webhook in configuration["webhooks"].as_array().unwrap() {
+                let text = webhook["clientConfig"]["caBundle"].as_str().unwrap_or_default();
+                let bytes = base64::engine::general_purpose::STANDARD.decode(text).unwrap();
+                bundles.push(String::from_utf8(bytes).unwrap());
+            }
+        }
+        bundles
+    }
+
+    /// Tries until `done` says so.
+    pub async fn eventually<F: Future<Output = bool>>(&self, what: &str, mut done: impl FnMut() -> F) {
+        let deadline = Instant::now() + SETTLE_LIMIT;
+        while !done().await {
+            assert!(Instant::now() < deadline, "{what}: not within {} s", SETTLE_LIMIT.as_secs());
+            tokio::time::sleep(POLL).await;
+        }
+    }
+}
+
+impl Drop for Webhook {
+    fn drop(&mut self) {
+        for kind in ["mutatingwebhookconfiguration", "validatingwebhookconfiguration"] {
+            let arguments = ["delete", kind, self.namespace.name(), "--ignore-not-found"];
+            if let Err(error) = self.lab.kubectl_ok(&arguments) {
+                eprintln!("{error:#}");
+            }
+        }
+    }
+}
+
+type Raw = Result<http::Request<Vec<u8>>, kube::core::request::Error>;
+
+/// One request to the API server.
+pub async fn send(client: &Client, path: &str, request: impl FnOnce(Request) -> Raw) -> Answer {
+    let request = request(Request::new(path)).unwrap().map(Body::from);
+    let response =
+        tokio::time::timeout(REQUEST_LIMIT, client.send(request)).await.expect("an answer in time").unwrap();
+    let status = response.status().as_u16();
+    let warnings =
+        response.headers().get_all("warning").iter().map(|text| text.to_str().unwrap().to_owned()).collect();
+    let body = response.into_body().collect_bytes().await.unwrap();
+    let body = serde_json::from_slice(&body).unwrap_or_else(|_| json!(String::from_utf8_lossy(&body)));
+    Answer { status, warnings, body }
+}
+
+/// The documents of a YAML text.
+pub fn documents(text: &str) -> Vec<Value> {
+    serde_yaml_ng::Deserializer::from_str(text)
+        .map(|document| Value::deserialize(document).unwrap())
+        .collect()
+}
+
+/// A file of deploy/base, changed.
+fn manifest(file: &str, change: impl Fn(&mut Value)) -> String {
+    let text = std::fs::read_to_string(repository::root().join("deploy/base").join(file)).unwrap();
+    let mut yaml = String::new();
+    for mut document in documents(&text) {
+        change(&mut document);
+        yaml.push_str("---\n");
+        yaml.push_str(&serde_yaml_ng::to_string(&document).unwrap());
+    }
+    yaml
+}
+
+/// The binary that cargo built beside the tests.
+fn binary() -> PathBuf {
+    let own = std::env::current_exe().unwrap();
+    let binary = own.parent().unwrap().parent().unwrap().join("howdah-webhook");
+    assert!(binary.is_file(), "{} is missing; build it: cargo build --workspace --bins", binary.display());
+    binary
+}
+
+fn free_port() -> SocketAddr {
+    let any = SocketAddr::from((netns::BRIDGE_ADDRESS, 0));
+    TcpListener::bind(any).unwrap().local_addr().unwrap()
+}
+
+/// A plain HTTP GET; `None` when nobody answers.
+fn plain_get(address: SocketAddr, path: &str) -> Option<String> {
+    let mut stream = TcpStream::connect_timeout(&address, REQUEST_LIMIT).ok()?;
+    stream.set_read_timeout(Some(REQUEST_LIMIT)).ok()?;
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n").ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    Some(answer)
+}
+
+/// A POST over a new TLS connection that trusts `bundle` alone; the status line, headers and body of the answer.
+pub fn tls_post(
+    lab: &Lab,
+    address: SocketAddr,
+    bundle: &str,
+    path: &str,
+    body: &[u8],
+) -> std::io::Result<String> {
+    netns::within(lab, || {
+        let mut roots = rustls::RootCertStore::empty();
+        for certificate in CertificateDer::pem_slice_iter(bundle.as_bytes()) {
+            roots.add(certificate.map_err(std::io::Error::other)?).map_err(std::io::Error::other)?;
+        }
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .map_err(std::io::Error::other)?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let name = ServerName::from(std::net::IpAddr::from(Ipv4Addr::new(10, 77, 0, 1)));
+        let session = rustls::ClientConnection::new(Arc::new(config), name).map_err(std::io::Error::other)?;
+        let stream = TcpStream::connect_timeout(&address, REQUEST_LIMIT)?;
+        stream.set_read_timeout(Some(REQUEST_LIMIT))?;
+        let mut tls = rustls::StreamOwned::new(session, stream);
+        let length = body.len();
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nhost: webhook\r\ncontent-type: application/json\r\n\
+             content-length: {length}\r\nconnection: close\r\n\r\n"
+        );
+        tls.write_all(head.as_bytes())?;
+        // A server that has seen enough may answer and close before it has read everything.
+        let _ = tls.write_all(body);
+        let mut answer = Vec::new();
+        match tls.read_to_end(&mut answer) {
+            Err(error) if answer.is_empty() => Err(error),
+            _ => Ok(String::from_utf8_lossy(&answer).into_owned()),
+        }
+    })
+    .map_err(std::io::Error::other)?
+}
