@@ -2,6 +2,7 @@
 //! any point and run again, or be followed by `down`.
 
 use std::fs;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -39,14 +40,11 @@ pub fn run(lab: &Lab, wanted: Wanted) -> Result<()> {
     let begin = Instant::now();
     let profile = open_instance(lab, wanted.profile)?;
     netns::create(lab)?;
-    // What needs nothing of each other but the namespace.
+    let (control_plane_is_up, control_plane) = channel();
     together(vec![
-        ("Kubernetes", Box::new(|| kubernetes_part(lab, wanted, profile))),
-        ("Ceph", Box::new(|| ceph_part(lab, wanted))),
+        ("Kubernetes", Box::new(move || kubernetes_part(lab, wanted, profile, control_plane_is_up))),
+        ("Ceph", Box::new(move || ceph_part(lab, wanted, &control_plane))),
     ])?;
-    if wanted.ceph {
-        storage::up(lab)?;
-    }
     progress::say(format!("lab {} is up after {:.1} s", lab.name(), begin.elapsed().as_secs_f64()));
     Ok(())
 }
@@ -67,19 +65,27 @@ fn together(parts: Vec<Part<'_>>) -> Result<()> {
     if errors.is_empty() { Ok(()) } else { Err(anyhow!("{}", errors.join("\nand: "))) }
 }
 
-fn ceph_part(lab: &Lab, wanted: Wanted) -> Result<()> {
+/// Ceph, and then what Rook would have put into the cluster, while the nodes boot.
+fn ceph_part(lab: &Lab, wanted: Wanted, control_plane: &Receiver<()>) -> Result<()> {
     if !wanted.ceph {
         return Ok(());
     }
-    progress::step("Ceph ready", || ceph::up(lab))
+    progress::step("Ceph ready", || ceph::up(lab))?;
+    match control_plane.recv() {
+        Ok(()) => storage::up(lab),
+        // It failed, which its own part tells.
+        Err(_) => Ok(()),
+    }
 }
 
 /// The control plane, and then the nodes; what they are made of is built meanwhile.
-fn kubernetes_part(lab: &Lab, wanted: Wanted, profile: Profile) -> Result<()> {
+fn kubernetes_part(lab: &Lab, wanted: Wanted, profile: Profile, is_up: Sender<()>) -> Result<()> {
     thread::scope(|scope| {
         let parts = scope.spawn(|| (wanted.nodes > 0).then(node::parts::build).transpose());
         let binary = control_plane::binaries()?.join("howdah-kube");
         progress::step("control plane ready", || control_plane::up(lab, profile, &binary))?;
+        // Nobody listens in a lab without Ceph.
+        let _ = is_up.send(());
         match parts.join().map_err(|_| anyhow!("build what nodes are made of: the thread panicked"))?? {
             Some(parts) => node::up(lab, wanted.nodes, &parts),
             None => Ok(()),
