@@ -18,6 +18,7 @@ RUN apt-get update && cd /tmp \
     && rm -rf /tmp/* /var/lib/apt/lists/* /var/cache/apt/*
 COPY --from=kubernetes /bin/howdah-kube /usr/local/bin/howdah-kube
 COPY --from=containerd /bin/containerd /bin/containerd-shim-runc-v2 /bin/ctr /usr/local/bin/
+COPY --from=storage /bin/howdah-lab-csi /usr/local/bin/howdah-lab-csi
 COPY --from=containerd /bin/bridge /bin/host-local /bin/loopback /opt/cni/bin/
 COPY node/inittab /etc/inittab
 COPY node/containerd.toml /etc/containerd/config.toml

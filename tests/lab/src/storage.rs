@@ -19,7 +19,7 @@ use crate::lab::Lab;
 use crate::netns::BRIDGE_ADDRESS;
 use crate::progress;
 
-pub use driver::{Binaries, binaries, node_arguments};
+pub use driver::driver_binary;
 
 /// The driver's name: Rook's operator namespace and ceph-csi's own name.
 pub const DRIVER: &str = "rook-ceph.rbd.csi.ceph.com";
@@ -28,7 +28,7 @@ pub const NAMESPACE: &str = "rook-ceph";
 
 /// Brings up whatever is missing. Needs the apiserver and Ceph; nodes may come later.
 pub fn up(lab: &Lab) -> Result<()> {
-    let binaries = binaries()?;
+    let binaries = driver::binaries()?;
     progress::step("storage ready", || {
         thread::scope(|scope| {
             let objects = scope.spawn(|| {

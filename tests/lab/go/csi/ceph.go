@@ -13,9 +13,9 @@ import (
 	"time"
 )
 
-// commandTimeout ends a command that hangs because Ceph does not answer. It must be longer than the
-// 30 s after which a dead client's watch ends, since taking over a lock can wait for that.
-const commandTimeout = 90 * time.Second
+// commandTimeout ends a command that hangs although Ceph's own limits (60 s in the kernel, 300 s in the
+// libraries) have passed. Ending `rbd map` half-way leaves a lock behind, so it comes last.
+const commandTimeout = 330 * time.Second
 
 // Exit codes of rbd and ceph are errno values; rados always ends with 1 and only says what was wrong.
 const (

@@ -47,12 +47,13 @@ func (s *identityServer) GetPluginCapabilities(
 	return response, nil
 }
 
-// logCall writes one line for each call that changes something or fails; secrets are never in it.
+// logCall writes one line for each call that changes something or fails; secrets are never in it. A caller
+// that gives up does not stop the call: like ceph-csi we finish, and the caller's next try finds it done.
 func logCall(
 	ctx context.Context, request any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler,
 ) (any, error) {
 	began := time.Now()
-	response, err := handler(ctx, request)
+	response, err := handler(context.WithoutCancel(ctx), request)
 	method := path.Base(info.FullMethod)
 	volume := ""
 	switch r := request.(type) {

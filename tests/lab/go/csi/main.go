@@ -52,12 +52,16 @@ func readSettings(arguments []string) (settings, error) {
 	flags := flag.NewFlagSet("howdah-lab-csi", flag.ContinueOnError)
 	flags.StringVar(&s.mode, "mode", "", "controller or node")
 	flags.StringVar(&s.driverName, "driver-name", "rook-ceph.rbd.csi.ceph.com", "name of the driver")
-	flags.StringVar(&s.endpoint, "endpoint", "", "path of the unix socket to serve CSI on")
+	flags.StringVar(&s.endpoint, "endpoint", "",
+		"path of the unix socket to serve CSI on (mode node: the driver's own in kubelet's directory)")
 	flags.StringVar(&s.nodeID, "node-id", "", "name of this node (mode node)")
 	flags.StringVar(&s.kubelet, "kubelet-dir", "/var/lib/kubelet", "kubelet's root directory (mode node)")
 	flags.Var(s.clusters, "cluster", "CLUSTER_ID=MONITORS, may be given several times")
 	if err := flags.Parse(arguments); err != nil {
 		return s, err
+	}
+	if s.mode == "node" && s.endpoint == "" {
+		s.endpoint = filepath.Join(s.kubelet, "plugins", s.driverName, "csi.sock")
 	}
 	switch {
 	case s.mode != "controller" && s.mode != "node":

@@ -116,7 +116,7 @@ func (s *nodeServer) NodeStageVolume(
 		return nil, status.Error(codes.Internal, err.Error())
 	}
 	if err := stage(ctx, session, request, pool, image, target); err != nil {
-		if undo := unstage(context.WithoutCancel(ctx), request.GetStagingTargetPath(), target); undo != nil {
+		if undo := unstage(ctx, request.GetStagingTargetPath(), target); undo != nil {
 			log.Printf("undo the failed staging of %s: %v", request.GetVolumeId(), undo)
 		}
 		return nil, status.Error(codes.Internal, err.Error())
@@ -179,11 +179,7 @@ func waitUntilUnused(ctx context.Context, session *cephSession, image string) er
 		if poll == watcherPolls {
 			return fmt.Errorf("rbd image %s is still being used", image)
 		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(pause):
-		}
+		time.Sleep(pause)
 		pause = time.Duration(float64(pause) * watcherPauseGrows)
 	}
 }

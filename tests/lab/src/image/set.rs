@@ -53,8 +53,9 @@ pub fn product() -> Result<Vec<Image>> {
 }
 
 /// The node's root tree, which is built as an image too.
-pub fn node_root(kubernetes: &Path, containerd: &Path) -> Result<Image> {
-    let sources = own_sources(&[("kubernetes", kubernetes), ("containerd", containerd)]);
+pub fn node_root(kubernetes: &Path, containerd: &Path, storage: &Path) -> Result<Image> {
+    let sources =
+        own_sources(&[("kubernetes", kubernetes), ("containerd", containerd), ("storage", storage)]);
     build(&sources.context.join("node.Dockerfile"), "node", &sources)
 }
 

@@ -15,7 +15,7 @@ use crate::image::layers::{isolated, lower_option};
 use crate::image::set;
 use crate::image::store;
 use crate::lab::Lab;
-use crate::process;
+use crate::{process, storage};
 
 /// The cache's kind of entry.
 const KIND: &str = "node-parts";
@@ -76,7 +76,7 @@ pub fn build() -> Result<Parts> {
         images.extend(product?);
         anyhow::Ok((kubernetes?, containerd, images))
     })?;
-    let root = root(&kubernetes, &containerd)?;
+    let root = root(&kubernetes, &containerd, &storage::driver_binary()?)?;
     let image_disk = store::disk(&images, &containerd)?;
     Ok(Parts {
         kernel: root.join("vmlinuz"),
@@ -86,8 +86,8 @@ pub fn build() -> Result<Parts> {
     })
 }
 
-fn root(kubernetes: &Path, containerd: &Path) -> Result<PathBuf> {
-    let image = set::node_root(kubernetes, containerd)?;
+fn root(kubernetes: &Path, containerd: &Path, storage: &Path) -> Result<PathBuf> {
+    let image = set::node_root(kubernetes, containerd, storage)?;
     let names: Vec<_> = image.layers.iter().filter_map(|layer| layer.file_name()).collect();
     let inputs =
         Inputs::new(SCRIPT).text("init", INIT).text("size", ROOT_SIZE).text("layers", &format!("{names:?}"));

@@ -18,7 +18,7 @@ const MEMORY_MIB: u32 = 1536;
 /// QEMU's cache of translated code, MiB. Its default, a gigabyte, would fill with code that ran once.
 const TRANSLATION_MIB: u32 = 256;
 /// What runs on a node and logs to the host, each through a virtio port of its name.
-const LOGS: [&str; 3] = ["containerd", "kubelet", "kube-proxy"];
+const LOGS: [&str; 4] = ["containerd", "csi-node", "kubelet", "kube-proxy"];
 
 /// What a VM does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

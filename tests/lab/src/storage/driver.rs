@@ -52,17 +52,19 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 const CALL_LIMIT: &str = "--timeout=150s";
 
 /// Where the driver and its sidecars are.
-#[derive(Clone, Debug)]
-pub struct Binaries {
-    /// Folder with `howdah-lab-csi`, which nodes need, too.
-    pub driver: PathBuf,
+pub(super) struct Binaries {
+    driver: PathBuf,
     sidecars: PathBuf,
 }
 
+/// The folder with the driver's binary, built if need be. Nodes carry it, too.
+pub fn driver_binary() -> Result<PathBuf> {
+    cache::go_binaries(&GoModule { name: "csi", tags: &[], linker_flags: &[], packages: &["."] })
+}
+
 /// Builds the driver and the sidecars, if need be.
-pub fn binaries() -> Result<Binaries> {
-    let driver =
-        cache::go_binaries(&GoModule { name: "csi", tags: &[], linker_flags: &[], packages: &["."] })?;
+pub(super) fn binaries() -> Result<Binaries> {
+    let driver = driver_binary()?;
     let sidecars = cache::go_binaries(&GoModule {
         name: "sidecars",
         tags: &[],
@@ -70,17 +72,6 @@ pub fn binaries() -> Result<Binaries> {
         packages: &SIDECAR_PACKAGES,
     })?;
     Ok(Binaries { driver, sidecars })
-}
-
-/// The command line of the driver's node half on `node`, without the binary.
-pub fn node_arguments(node: &str) -> Vec<String> {
-    vec![
-        "--mode=node".to_owned(),
-        format!("--node-id={node}"),
-        format!("--driver-name={DRIVER}"),
-        format!("--endpoint=/var/lib/kubelet/plugins/{DRIVER}/csi.sock"),
-        format!("--cluster={NAMESPACE}={}", monitor()),
-    ]
 }
 
 /// Starts the controller half and its sidecars, whichever does not run.
