@@ -78,12 +78,18 @@ impl Cluster {
         (cluster, caches)
     }
 
-    /// Looks up what the policy has to know about a request.
+    /// What is known without a look-up; enough to fill in defaults.
+    #[must_use]
+    pub fn configured(&self) -> ClusterFacts {
+        ClusterFacts { config: self.config.clone(), ..ClusterFacts::default() }
+    }
+
+    /// Looks up what the policy has to know to judge a request.
     ///
     /// # Errors
     /// If a claim or a volume that is needed cannot be looked up. An unknown parent is no error: see [`Self::parent`].
     pub async fn facts(&self, request: &Request<'_>) -> Result<Gathered, KubernetesError> {
-        let mut facts = ClusterFacts { config: self.config.clone(), ..ClusterFacts::default() };
+        let mut facts = self.configured();
         if request.target == Target::Scale {
             let (parent, lookup) = self.parent(request).await;
             facts.parent = parent;

@@ -139,25 +139,27 @@ async fn answer(app: App, phase: Phase, body: Result<Bytes, BytesRejection>) -> 
 
 async fn judge(app: &App, phase: Phase, review: &Review, started: Instant) -> Response {
     let request = review.request();
-    let gathered = match app.cluster.facts(&request).await {
-        Ok(gathered) => gathered,
-        Err(error) => {
-            if !review.dry_run {
-                app.metrics.unjudged(phase, "not-now", started.elapsed());
-            }
-            warn!(%error, "refusing for now: a fact is missing");
-            return json(&review::not_now(review, &error.to_string()));
-        }
-    };
+    let now = Timestamp::now();
     let verdict = match phase {
-        Phase::Mutate => policy::mutate(&request, &gathered.facts, Timestamp::now()),
-        Phase::Validate => policy::validate(&request, &gathered.facts, Timestamp::now()),
+        Phase::Mutate => policy::mutate(&request, &app.cluster.configured(), now),
+        Phase::Validate => match app.cluster.facts(&request).await {
+            Ok(gathered) => {
+                if let Some(lookup) = gathered.lookup.filter(|_| !review.dry_run) {
+                    app.metrics.looked_up(lookup);
+                }
+                policy::validate(&request, &gathered.facts, now)
+            }
+            Err(error) => {
+                if !review.dry_run {
+                    app.metrics.unjudged(phase, "not-now", started.elapsed());
+                }
+                warn!(%error, "refusing for now: a fact is missing");
+                return json(&review::not_now(review, &error.to_string()));
+            }
+        },
     };
     if !review.dry_run {
         app.metrics.judged(phase, review.operation, &verdict, started.elapsed());
-        if let Some(lookup) = gathered.lookup {
-            app.metrics.looked_up(lookup);
-        }
     }
     log(review, &verdict, started.elapsed());
     json(&review::answer(review, &verdict))

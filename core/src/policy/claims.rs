@@ -105,7 +105,7 @@ pub struct Needed {
     pub reserved_for: BTreeSet<String>,
 }
 
-/// Names what [`super::validate`] and [`super::mutate`] have to know about the claims of `request`.
+/// Names what [`super::validate`] has to know about the claims of `request`; [`super::mutate`] needs none of it.
 #[must_use]
 pub fn needed(request: &Request<'_>) -> Needed {
     let mut needed = Needed::default();

@@ -6,10 +6,11 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
-use kube::api::{Patch, PatchParams};
+use kube::api::{Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 
-use crate::webhook::{Webhook, tls_post};
+use crate::deploy::{TURN, apply_rights};
+use crate::webhook::{Webhook, send, tls_post};
 
 fn database(name: &str, labels: Value) -> Value {
     json!({
@@ -150,6 +151,12 @@ async fn while_the_webhook_is_down_only_labelled_sets_wait() {
     assert_eq!(refused.status, 500, "{}", refused.body);
     assert!(refused.message().contains("howdah.dev"), "{}", refused.message());
     assert!(webhook.create("statefulsets", &database("another", json!({})), true).await.passed());
+    // What the cluster itself stands on is left out, label or not.
+    let data = serde_json::to_vec(&protected("new")).unwrap();
+    let params = PostParams { dry_run: true, ..PostParams::default() };
+    let system = "/apis/apps/v1/namespaces/kube-system/statefulsets";
+    let created = send(&webhook.client, system, |request| request.create(&params, data)).await;
+    assert!(created.passed(), "{}", created.message());
     let three = Patch::Merge(json!({"spec": {"replicas": 3}}));
     let params = PatchParams::default();
     let scaled = webhook
@@ -173,6 +180,49 @@ async fn while_the_webhook_is_down_only_labelled_sets_wait() {
             webhook.create("statefulsets", &protected("new"), true).await.passed()
         })
         .await;
+}
+
+#[tokio::test]
+async fn the_rights_of_its_own_account_are_enough() {
+    let mut webhook = Webhook::absent().await;
+    let _turn = TURN.lock().await;
+    apply_rights(&webhook.lab, "rook").unwrap();
+    let token = ["create", "token", "howdah-webhook", "--namespace", "howdah-system"];
+    let token = webhook.lab.kubectl_ok(&token).unwrap();
+    let mut kubeconfig: Value =
+        serde_yaml_ng::from_str(&std::fs::read_to_string(webhook.lab.inside_kubeconfig()).unwrap()).unwrap();
+    kubeconfig["users"][0]["user"] = json!({"token": token.trim()});
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), kubeconfig.to_string()).unwrap();
+    webhook.run_as_installed(file.path().to_owned());
+    webhook.install(&[], 1);
+
+    // Everything it looks up: claim and volume by name, the volume reserved for a claim, the parent of a scale.
+    let mut object = protected("pg");
+    object["spec"]["template"]["spec"]["volumes"] =
+        json!([{"name": "extra", "persistentVolumeClaim": {"claimName": "missing"}}]);
+    let claim = |name: &str, volume: &str| {
+        json!({"metadata": {"name": name}, "spec": {
+            "accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}},
+            "storageClassName": "", "volumeName": volume,
+        }})
+    };
+    object["spec"]["volumeClaimTemplates"] = json!([claim("reserved", ""), claim("named", "no-such-volume")]);
+    let denied = webhook.create("statefulsets", &object, true).await;
+    assert_eq!(denied.status, 403, "{}", denied.message());
+    assert_eq!(denied.body["details"]["causes"].as_array().map(Vec::len), Some(3), "{}", denied.message());
+    assert!(webhook.create("statefulsets", &protected("pg"), false).await.passed());
+    let two = Patch::Merge(json!({"spec": {"replicas": 2}}));
+    let params = PatchParams::default();
+    let scaled =
+        webhook.send("statefulsets", |request| request.patch_subresource("scale", "pg", &params, &two)).await;
+    assert_eq!(scaled.status, 403, "{}", scaled.message());
+    let output = webhook.output(0);
+    assert!(!output.contains("orbidden"), "{output}");
+    webhook
+        .lab
+        .kubectl_ok(&["delete", "secret", "howdah-webhook-ca", "--namespace", "howdah-system"])
+        .unwrap();
 }
 
 #[tokio::test]

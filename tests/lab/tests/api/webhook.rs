@@ -43,8 +43,13 @@ pub struct Webhook {
     pub lab: Lab,
     /// A client with the rights of an administrator.
     pub client: Client,
-    /// The namespace that its configurations reach; they are called the same.
+    /// The namespace that its configurations reach.
     pub namespace: TempNamespace,
+    /// The name of its configurations.
+    configuration: String,
+    /// The namespace of its Secret.
+    system: String,
+    kubeconfig: PathBuf,
     replicas: Vec<Replica>,
     flags: Vec<String>,
 }
@@ -88,7 +93,25 @@ impl Webhook {
         let lab = Lab::open_or_up_without_ceph(&shared_name()).unwrap();
         let client = lab.client().await.unwrap();
         let namespace = lab.namespace("webhook").unwrap();
-        Self { lab, client, namespace, replicas: Vec::new(), flags: Vec::new() }
+        let (configuration, system) = (namespace.name().to_owned(), namespace.name().to_owned());
+        let kubeconfig = lab.inside_kubeconfig();
+        Self {
+            lab,
+            client,
+            namespace,
+            configuration,
+            system,
+            kubeconfig,
+            replicas: Vec::new(),
+            flags: Vec::new(),
+        }
+    }
+
+    /// Has the webhook run as it is installed: with these rights, in howdah's namespace, under its own names.
+    pub fn run_as_installed(&mut self, kubeconfig: PathBuf) {
+        self.configuration = "howdah".to_owned();
+        self.system = "howdah-system".to_owned();
+        self.kubeconfig = kubeconfig;
     }
 
     /// A webhook with these flags, ready.
@@ -102,7 +125,7 @@ impl Webhook {
     pub fn install(&mut self, flags: &[&str], replicas: usize) {
         self.flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
         self.kubectl_apply(&manifest("webhook-ca.yaml", |object| {
-            object["metadata"]["namespace"] = json!(self.namespace.name());
+            object["metadata"]["namespace"] = json!(self.system);
         }));
         for _ in 0..replicas {
             let replica = self.spawn(self.replicas.len(), None);
@@ -112,16 +135,18 @@ impl Webhook {
         self.wait_ready();
     }
 
-    /// Applies the configurations of deploy/, with the address of the first replica and for this namespace alone.
+    /// Applies the configurations of deploy/, with the address of the first replica, and for this namespace alone beside
+    /// kube-system, which they have to leave out by themselves.
     pub fn apply_configurations(&self) {
         let reviews = self.replicas[0].reviews;
         self.kubectl_apply(&manifest("webhook-configuration.yaml", |configuration| {
-            configuration["metadata"]["name"] = json!(self.namespace.name());
+            configuration["metadata"]["name"] = json!(self.configuration);
             for webhook in configuration["webhooks"].as_array_mut().unwrap() {
                 let path = webhook["clientConfig"]["service"]["path"].as_str().unwrap();
                 webhook["clientConfig"] = json!({"url": format!("https://{reviews}{path}")});
-                webhook["namespaceSelector"] =
-                    json!({"matchLabels": {"kubernetes.io/metadata.name": self.namespace.name()}});
+                let here = json!({"key": "kubernetes.io/metadata.name", "operator": "In",
+                                  "values": [self.namespace.name(), "kube-system"]});
+                webhook["namespaceSelector"]["matchExpressions"].as_array_mut().unwrap().push(here);
             }
         }));
     }
@@ -138,10 +163,10 @@ impl Webhook {
         let mut command = Command::new(binary());
         command
             .args(["--listen", &reviews.to_string(), "--diagnostics", &diagnostics.to_string()])
-            .args(["--namespace", self.namespace.name(), "--configuration", self.namespace.name()])
+            .args(["--namespace", &self.system, "--configuration", &self.configuration])
             .args(["--name", &netns::BRIDGE_ADDRESS.to_string(), "--propagation-seconds", "1"])
             .arg("--kubeconfig")
-            .arg(self.lab.inside_kubeconfig())
+            .arg(&self.kubeconfig)
             .args(["--log", "info,howdah_webhook=debug"])
             .args(&self.flags);
         let process = self.lab.spawn_inside(&name, &command).unwrap();
@@ -248,7 +273,7 @@ impl Webhook {
     pub async fn bundles(&self) -> Vec<String> {
         let mut bundles = Vec::new();
         for kind in ["mutatingwebhookconfigurations", "validatingwebhookconfigurations"] {
-            let configuration = self.get(kind, self.namespace.name()).await;
+            let configuration = self.get(kind, &self.configuration).await;
             for webhook in configuration["webhooks"].as_array().unwrap() {
                 let text = webhook["clientConfig"]["caBundle"].as_str().unwrap_or_default();
                 let bytes = base64::engine::general_purpose::STANDARD.decode(text).unwrap();
@@ -271,7 +296,7 @@ impl Webhook {
 impl Drop for Webhook {
     fn drop(&mut self) {
         for kind in ["mutatingwebhookconfiguration", "validatingwebhookconfiguration"] {
-            let arguments = ["delete", kind, self.namespace.name(), "--ignore-not-found"];
+            let arguments = ["delete", kind, &self.configuration, "--ignore-not-found"];
             if let Err(error) = self.lab.kubectl_ok(&arguments) {
                 eprintln!("{error:#}");
             }
