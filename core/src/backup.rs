@@ -74,7 +74,7 @@ pub enum Database {
         /// The pod.
         pod: String,
         /// Its node.
-        node: String,
+        node: Option<String>,
         /// The session with PostgreSQL.
         session: Session,
     },
@@ -374,6 +374,15 @@ impl Run<'_> {
     /// Chooses the class from what the preflight found, and goes on or refuses.
     fn judge(&mut self, facts: Facts) -> Vec<Effect> {
         self.status.image = Some(facts.image.clone());
+        // A request that Ceph was no longer waited for can still arrive: a librbd client that holds the lock takes
+        // the snapshot when it wakes up. The first preflight saw the name free, so this one is our own.
+        if facts.name_taken && self.status.steps.iter().any(|step| step.phase == Phase::Snapshotting) {
+            return self.undo(Problem::new(
+                FailureKind::Transient,
+                "the snapshot of an earlier attempt arrived late",
+                "nothing to do: it is removed, and the backup is tried again",
+            ));
+        }
         if facts.name_taken {
             return self.give_up_attempt(Problem::new(
                 FailureKind::Permanent,
@@ -403,7 +412,7 @@ impl Run<'_> {
                 )),
             Database::Running { pod, node, session } => {
                 self.status.pod = Some(pod);
-                self.status.node = Some(node);
+                self.status.node = node;
                 match session {
                     Session::Open { version, system_identifier } if wanted.class() == Consistency::Online => {
                         self.status.postgres_version = Some(version);

@@ -41,6 +41,8 @@ struct World {
     absent: Option<Problem>,
     /// Effects still to fail, by their order; `true` fails, and for a snapshot the answer alone is lost.
     script: VecDeque<bool>,
+    /// A snapshot whose answer is lost appears only after it was looked for.
+    arrives_late: bool,
 }
 
 impl World {
@@ -55,6 +57,7 @@ impl World {
             running: true,
             absent: None,
             script: VecDeque::new(),
+            arrives_late: false,
         }
     }
 
@@ -77,6 +80,9 @@ impl World {
             Effect::Announce => return None,
             Effect::Wait { until } => {
                 self.now = self.now.max(*until);
+                if std::mem::take(&mut self.arrives_late) {
+                    self.snapshots.insert(NAME.to_owned());
+                }
                 Event::RetryDue
             }
             Effect::Preflight => {
@@ -89,7 +95,7 @@ impl World {
                 };
                 self.session = self.running && self.absent.is_none();
                 let database = if self.running {
-                    Database::Running { pod: "pg-0".to_owned(), node: "node-1".to_owned(), session }
+                    Database::Running { pod: "pg-0".to_owned(), node: Some("node-1".to_owned()), session }
                 } else {
                     Database::Stopped
                 };
@@ -106,7 +112,9 @@ impl World {
                 Event::BackupModeStarted { lsn: "0/2000028".to_owned(), timeline: Some(1) }
             }
             Effect::TakeSnapshot { name } => {
-                self.snapshots.insert(name.clone());
+                if !(fails && self.arrives_late) {
+                    self.snapshots.insert(name.clone());
+                }
                 if fails {
                     return Some(Event::Failed(transient()));
                 }
@@ -357,6 +365,16 @@ fn a_snapshot_that_was_there_before_is_left_alone() {
     assert_eq!(status.phase, Phase::Failed);
     assert!(world.snapshots.contains(NAME));
     assert!(!world.backup_mode);
+}
+
+#[test]
+fn a_snapshot_that_arrives_after_it_was_undone_is_undone_again() {
+    for wanted in [WantedConsistency::Default, EXPLICIT_ONLINE] {
+        let mut world = World { arrives_late: true, script: [false, false, true].into(), ..World::new() };
+        let (status, _) = run(&order(wanted), &mut world, &[]);
+        check(&status, &world);
+        assert_eq!((status.phase, status.attempt), (Phase::Taken, 3));
+    }
 }
 
 #[test]

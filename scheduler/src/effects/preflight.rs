@@ -98,7 +98,7 @@ impl Effects<'_> {
                     ));
                 }
                 preflight::watchers_fit(&pod.name_any(), &host_ips(pod), &addresses)?;
-                let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone()).unwrap_or_default();
+                let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
                 Database::Running { pod: pod.name_any(), node, session }
             }
         };

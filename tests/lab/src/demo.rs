@@ -14,7 +14,7 @@ use crate::story::{Look, Story};
 use crate::up::{self, Wanted};
 use crate::{install, repository};
 
-mod load;
+pub mod load;
 
 const CHAPTERS: usize = 9;
 /// Where the demo's databases live.

@@ -7,6 +7,7 @@ use howdah_lab::install;
 use howdah_lab::lab::Lab;
 use howdah_lab::testing::shared_name;
 
+mod backup;
 mod installed;
 mod storage;
 

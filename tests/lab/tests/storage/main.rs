@@ -1,7 +1,8 @@
-//! Tests that need a real Ceph or a real PostgreSQL, and no Kubernetes.
+//! Tests that need a real Ceph or a real PostgreSQL, and no nodes.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics, in its helpers too")]
 
 mod ceph;
 mod postgres;
+mod scheduler;
 mod server;
