@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use howdah_lab::lab::Lab;
 use howdah_lab::netns;
-use howdah_lab::process::{Network, lab_binary, output_of, start};
+use howdah_lab::process::{Network, lab_binary, output_of, running, start, wait_until};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
@@ -18,6 +18,9 @@ use crate::lab_beside;
 /// When `up` is killed, in milliseconds after its start: while it makes the namespace, the stores, the first
 /// processes, and the last ones.
 const KILL_AFTER_MS: [u64; 7] = [10, 60, 150, 400, 1000, 2200, 4500];
+
+/// Until a node is started; what it is made of may have to be built first, from nothing.
+const NODE_LIMIT: Duration = Duration::from_secs(40 * 60);
 
 /// Takes a lab down and insists that it worked.
 pub fn down(lab: &Lab) {
@@ -81,6 +84,23 @@ fn down_after_a_kill_of_up_at_any_moment_leaves_nothing() {
         down(&lab);
         assert_nothing_left(&lab);
     }
+}
+
+#[test]
+fn down_after_a_kill_of_up_while_a_node_boots_leaves_nothing() {
+    let lab = lab_beside("boot");
+    let mut up = lab_binary().unwrap();
+    let mut up = up.args(["--name", lab.name(), "up", "--nodes", "1"]).stdin(Stdio::null()).spawn().unwrap();
+    let boots = || running(&lab, "node-1").is_some() || up.try_wait().unwrap().is_some();
+    assert!(wait_until(NODE_LIMIT, boots), "no node was started");
+    assert!(up.try_wait().unwrap().is_none(), "up ended before it was killed");
+    // Its kernel is up by then, and kubelet is not.
+    sleep(Duration::from_secs(5));
+    up.kill().unwrap();
+    up.wait().unwrap();
+    assert!(running(&lab, "node-1").is_some(), "the node's machine ended by itself: the test proves nothing");
+    down(&lab);
+    assert_nothing_left(&lab);
 }
 
 #[test]
