@@ -30,8 +30,8 @@ const OSD_BYTES: u64 = 12 << 30;
 const OSD_MEMORY_BYTES: u64 = 939_524_096;
 /// One small OSD needs few placement groups; each costs start-up time.
 const PLACEMENT_GROUPS: u32 = 8;
-/// A monitor is up in a second, an OSD in some; this allows for a machine that boots three nodes meanwhile.
-const START_LIMIT: Duration = Duration::from_secs(120);
+/// A monitor is up in a second, an OSD in some; this allows for two cores with twenty other things to do.
+const START_LIMIT: Duration = Duration::from_secs(240);
 
 /// Everybody whom Ceph knows from its first moment.
 const INITIAL_KEYRING: &str = "initial.keyring";

@@ -26,7 +26,7 @@ const CONNECTIONS_MAX: usize = 512;
 /// The other end is on this machine, so it answers in milliseconds or not at all.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// Time for the relay to write its address.
-const START_LIMIT: Duration = Duration::from_secs(10);
+const START_LIMIT: Duration = Duration::from_secs(60);
 
 /// The machine's loopback address, and whatever port is free.
 const ANY_PORT: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0);

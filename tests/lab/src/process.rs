@@ -24,11 +24,11 @@ pub const MARK: &str = "HOWDAH_LAB_INSTANCE";
 /// Our own binary by a name that stays right when a build replaces the file.
 const SELF: &str = "/proc/self/exe";
 /// A new process records itself within milliseconds; this allows for a machine that is very busy.
-const RECORD_LIMIT: Duration = Duration::from_secs(20);
+const RECORD_LIMIT: Duration = Duration::from_secs(60);
 /// A process that ignores SIGTERM for this long gets SIGKILL.
 pub const TERM_LIMIT: Duration = Duration::from_secs(10);
 /// After SIGKILL only the kernel is between us and the end; a process in disk wait may take a moment.
-const KILL_LIMIT: Duration = Duration::from_secs(10);
+const KILL_LIMIT: Duration = Duration::from_secs(30);
 /// The longest a command that is run to its end may take: the longest build, from nothing on two busy cores,
 /// took seven minutes.
 const COMMAND_LIMIT: Duration = Duration::from_secs(45 * 60);

@@ -17,7 +17,7 @@ use crate::netns;
 use crate::process::{self, Daemon, Network, TERM_LIMIT, output_within, wait_until};
 
 /// A namespace is ready for pods within a second of its creation; under load it takes a few.
-const NAMESPACE_LIMIT: Duration = Duration::from_secs(60);
+const NAMESPACE_LIMIT: Duration = Duration::from_secs(180);
 /// A command of a test that takes longer hangs: a snapshot of a stalled writer takes 30 s, the longest of all.
 const COMMAND_LIMIT: Duration = Duration::from_secs(180);
 

@@ -8,7 +8,7 @@ use howdah_lab::process::wait_until;
 use howdah_lab::testing::shared_name;
 
 /// The manager reports placement groups some seconds after they are active.
-const HEALTH_LIMIT: Duration = Duration::from_secs(60);
+const HEALTH_LIMIT: Duration = Duration::from_secs(180);
 
 #[test]
 fn ceph_is_healthy_and_an_image_keeps_what_is_written() {
