@@ -1,0 +1,208 @@
+//! The switches that break a node do what a broken node, or a broken network, does; what later tests of failover
+//! stand on. A binary of its own, because no other test may use the nodes meanwhile.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics, in its helpers too")]
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use howdah_lab::lab::Lab;
+use howdah_lab::node::Node;
+use howdah_lab::node::faults::{self, From};
+use howdah_lab::node::vm::{self, State};
+use howdah_lab::process::wait_until;
+use howdah_lab::testing::{TempNamespace, shared_name};
+
+/// The node that is broken. Any lab has it.
+const NODE: u8 = 1;
+/// A node is declared dead after ten seconds, and declared alive at its next lease; the rest is for a machine
+/// that does much else.
+const NOTICE_LIMIT: Duration = Duration::from_secs(180);
+/// A pod runs some five seconds after it was created, alone.
+const POD_LIMIT: Duration = Duration::from_secs(240);
+
+/// A node that is whole again at the end, whatever the test did to it.
+struct Victim {
+    lab: Lab,
+    node: Node,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Victim {
+    fn take() -> Self {
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        // A test that failed has mended its node all the same.
+        let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let lab = Lab::open_or_up(&shared_name(), NODE).unwrap();
+        Self { lab, node: Node::numbered(NODE).unwrap(), _alone: alone }
+    }
+
+    fn is_ready(&self) -> bool {
+        let path = "jsonpath={.status.conditions[?(@.type=='Ready')].status}";
+        self.lab.kubectl_ok(&["get", "node", &self.node.name(), "-o", path]).is_ok_and(|said| said == "True")
+    }
+
+    fn wait_ready(&self, wanted: bool) {
+        let seen = wait_until(NOTICE_LIMIT, || self.is_ready() == wanted);
+        assert!(seen, "{} did not become {}", self.node.name(), if wanted { "Ready" } else { "NotReady" });
+    }
+
+    /// A pod on the node that runs `script`, and that nothing but its own deletion takes away.
+    fn run(&self, script: &str) -> Pod<'_> {
+        let namespace = self.lab.namespace("nodes").unwrap();
+        let pod = serde_json::json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": { "name": "probe", "namespace": namespace.name() },
+            "spec": {
+                "nodeName": self.node.name(),
+                "terminationGracePeriodSeconds": 1,
+                "tolerations": [{ "operator": "Exists" }],
+                "containers": [{
+                    "name": "probe",
+                    "image": "docker.io/library/postgres:15",
+                    "imagePullPolicy": "Never",
+                    "command": ["bash", "-c", script],
+                }],
+            },
+        });
+        let applied = self.lab.kubectl_apply(&pod.to_string()).unwrap();
+        assert!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
+        let pod = Pod { victim: self, namespace };
+        let running = wait_until(POD_LIMIT, || pod.get("{.status.phase}") == "Running");
+        assert!(running, "the pod did not start: {}", pod.get("{.status}"));
+        pod
+    }
+}
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        if let Err(error) = faults::start(&self.lab, self.node) {
+            eprintln!("mend {}: {error:#}", self.node.name());
+        }
+    }
+}
+
+struct Pod<'a> {
+    victim: &'a Victim,
+    namespace: TempNamespace,
+}
+
+impl Pod<'_> {
+    fn get(&self, path: &str) -> String {
+        let path = format!("jsonpath={path}");
+        let args = ["get", "pod", "probe", "-n", self.namespace.name(), "-o", &path];
+        self.victim.lab.kubectl_ok(&args).unwrap_or_default()
+    }
+
+    fn logs(&self) -> anyhow::Result<String> {
+        self.victim.lab.kubectl_ok(&["logs", "probe", "-n", self.namespace.name(), "--request-timeout=20s"])
+    }
+
+    fn exec(&self, script: &str) -> anyhow::Result<String> {
+        let args = ["exec", "probe", "-n", self.namespace.name(), "--", "bash", "-c", script];
+        self.victim.lab.kubectl_ok(&args)
+    }
+
+    /// Waits until the pod has written `line` after the `from`th byte of its log.
+    fn wait_line(&self, from: usize, line: &str) {
+        let seen = wait_until(NOTICE_LIMIT, || {
+            self.logs().is_ok_and(|logs| logs.get(from..).is_some_and(|new| new.lines().any(|l| l == line)))
+        });
+        assert!(seen, "the pod did not write {line:?}; it wrote:\n{}", self.logs().unwrap_or_default());
+    }
+}
+
+/// Says every other second what answers.
+const WATCH: &str = "reach() { timeout 1 bash -c \"</dev/tcp/10.77.0.1/$1\" 2>/dev/null && echo yes || echo no; }; \
+                     while true; do echo \"api $(reach 6443) ceph $(reach 6789)\"; sleep 2; done";
+
+#[test]
+fn exec_and_logs_work() {
+    let victim = Victim::take();
+    let pod = victim.run("echo 'said at the start'; sleep infinity");
+    assert_eq!(pod.exec("cat /etc/hostname; id -u").unwrap(), "probe\n0\n");
+    assert_eq!(pod.logs().unwrap(), "said at the start\n");
+    let failed = pod.exec("echo 'said on failure' >&2; exit 3").unwrap_err().to_string();
+    assert!(failed.contains("said on failure"), "{failed}");
+}
+
+#[test]
+fn a_killed_node_becomes_not_ready_and_boots_afresh() {
+    let victim = Victim::take();
+    let before = faults::boot_id(&victim.lab, victim.node).unwrap();
+    faults::kill(&victim.lab, victim.node).unwrap();
+    assert_eq!(vm::state(&victim.lab, victim.node), State::Dead);
+    victim.wait_ready(false);
+    let refused = faults::freeze(&victim.lab, victim.node).unwrap_err().to_string();
+    assert!(refused.contains("does not run"), "{refused}");
+
+    faults::start(&victim.lab, victim.node).unwrap();
+    assert!(victim.is_ready());
+    assert_ne!(faults::boot_id(&victim.lab, victim.node).unwrap(), before);
+}
+
+#[test]
+fn a_frozen_node_comes_back_with_its_processes() {
+    let victim = Victim::take();
+    let pod = victim.run("sleep infinity");
+    // The kernel's boot, and the moment since then at which the container's first process started.
+    let who = "cat /proc/sys/kernel/random/boot_id; cut -d' ' -f22 /proc/1/stat";
+    let before = (pod.exec(who).unwrap(), pod.get("{.metadata.uid}"));
+    faults::freeze(&victim.lab, victim.node).unwrap();
+    assert_eq!(vm::state(&victim.lab, victim.node), State::Frozen);
+    victim.wait_ready(false);
+
+    faults::thaw(&victim.lab, victim.node).unwrap();
+    victim.wait_ready(true);
+    assert_eq!((pod.exec(who).unwrap(), pod.get("{.metadata.uid}")), before);
+}
+
+#[test]
+fn a_node_cut_from_ceph_keeps_the_api() {
+    let victim = Victim::take();
+    let pod = victim.run(WATCH);
+    pod.wait_line(0, "api yes ceph yes");
+    faults::cut(&victim.lab, victim.node, From::Ceph).unwrap();
+    let from = pod.logs().unwrap().len();
+    pod.wait_line(from, "api yes ceph no");
+    assert!(victim.is_ready());
+    assert!(howdah_lab::node::describe(&victim.lab).unwrap().contains("cut from ceph"));
+
+    faults::heal(&victim.lab, victim.node, From::Ceph).unwrap();
+    let from = pod.logs().unwrap().len();
+    pod.wait_line(from, "api yes ceph yes");
+}
+
+#[test]
+fn a_node_cut_from_the_api_keeps_ceph_and_is_not_ready() {
+    let victim = Victim::take();
+    let pod = victim.run(WATCH);
+    pod.wait_line(0, "api yes ceph yes");
+    let from = pod.logs().unwrap().len();
+    faults::cut(&victim.lab, victim.node, From::Api).unwrap();
+    victim.wait_ready(false);
+    assert!(pod.logs().is_err(), "the apiserver reaches the kubelet of a node that is cut off");
+
+    faults::heal(&victim.lab, victim.node, From::Api).unwrap();
+    victim.wait_ready(true);
+    // What it could reach meanwhile is in its log, in order.
+    pod.wait_line(from, "api no ceph yes");
+    let from = pod.logs().unwrap().len();
+    pod.wait_line(from, "api yes ceph yes");
+}
+
+#[test]
+fn a_node_cut_from_both_reaches_nothing() {
+    let victim = Victim::take();
+    let pod = victim.run(WATCH);
+    pod.wait_line(0, "api yes ceph yes");
+    let from = pod.logs().unwrap().len();
+    faults::cut(&victim.lab, victim.node, From::Both).unwrap();
+    victim.wait_ready(false);
+    faults::heal(&victim.lab, victim.node, From::Both).unwrap();
+    victim.wait_ready(true);
+    pod.wait_line(from, "api no ceph no");
+    let from = pod.logs().unwrap().len();
+    pod.wait_line(from, "api yes ceph yes");
+}
