@@ -1,6 +1,8 @@
 //! Generated files are committed; these tests make them anew and compare.
 //! `make generate` (HOWDAH_GENERATE=1) writes them instead.
 
+#![expect(clippy::expect_used, reason = "a test says what is wrong by failing")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

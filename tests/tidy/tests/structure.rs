@@ -1,5 +1,7 @@
 //! The layout is the architecture (docs/ARCHITECTURE.md): these tests fail when an edge or a size breaks it.
 
+#![expect(clippy::expect_used, reason = "a test says what is wrong by failing")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
