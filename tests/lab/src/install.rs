@@ -1,13 +1,14 @@
 //! Installs howdah into a lab as a user would install it, from deploy/overlays/lab. Its images are already
 //! there: they are part of the nodes' disk.
 
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::Value;
 
 use crate::lab::Lab;
-use crate::{process, progress, repository};
+use crate::{progress, repository};
 
 /// The namespace of all that is installed.
 pub const NAMESPACE: &str = "howdah-system";
@@ -17,6 +18,8 @@ pub const OVERLAY: &str = "deploy/overlays/lab";
 const READY_LIMIT: Duration = Duration::from_secs(240);
 /// The caBundle follows the first webhook pod's start.
 const CA_LIMIT: Duration = Duration::from_secs(60);
+/// Each look is a kubectl of its own, and costs a busy machine.
+const POLL: Duration = Duration::from_secs(1);
 /// The last lines of a pod's log that an error quotes.
 const LOG_LINES: &str = "--tail=20";
 
@@ -31,14 +34,38 @@ pub fn install(lab: &Lab) -> Result<()> {
 }
 
 fn wait_ready(lab: &Lab) -> Result<()> {
-    let limit = format!("--timeout={}s", READY_LIMIT.as_secs());
-    for deployment in ["deployment/howdah-webhook", "deployment/howdah-scheduler"] {
-        lab.kubectl_ok(&["-n", NAMESPACE, "rollout", "status", deployment, &limit])
-            .with_context(|| format!("wait for {deployment}"))?;
+    for deployment in ["howdah-webhook", "howdah-scheduler"] {
+        let ready = holds_within(READY_LIMIT, || is_rolled_out(lab, deployment));
+        ensure!(ready, "wait for deployment {deployment}: not ready after {} s", READY_LIMIT.as_secs());
     }
-    let trusted = process::wait_until(CA_LIMIT, || all_trusted(lab).unwrap_or(false));
+    let trusted = holds_within(CA_LIMIT, || all_trusted(lab));
     ensure!(trusted, "wait for the caBundle of howdah's webhooks: not set after {} s", CA_LIMIT.as_secs());
     Ok(())
+}
+
+/// Looks once a second until `holds`, for at most `limit`. A look that fails is a look too early: the API
+/// server of a busy lab may be slow to answer.
+fn holds_within(limit: Duration, holds: impl Fn() -> Result<bool>) -> bool {
+    let deadline = Instant::now() + limit;
+    loop {
+        if holds().unwrap_or(false) {
+            return true;
+        }
+        if Instant::now() >= deadline {
+            return false;
+        }
+        thread::sleep(POLL);
+    }
+}
+
+/// Whether all replicas are of the newest template, and ready.
+fn is_rolled_out(lab: &Lab, deployment: &str) -> Result<bool> {
+    let text = lab.kubectl_ok(&["-n", NAMESPACE, "get", "deployment", deployment, "-o", "json"])?;
+    let object: Value = serde_json::from_str(&text).context("read a deployment")?;
+    let (wanted, status) = (&object["spec"]["replicas"], &object["status"]);
+    let counts = ["replicas", "updatedReplicas", "readyReplicas"];
+    let observed = status["observedGeneration"] == object["metadata"]["generation"];
+    Ok(observed && counts.iter().all(|count| status[count] == *wanted))
 }
 
 /// Whether every webhook of both configurations carries a CA.
