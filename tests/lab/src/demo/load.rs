@@ -14,12 +14,12 @@ use crate::netns;
 /// The password of deploy/examples/postgres.yaml.
 const PASSWORD: &str = "change-me";
 /// The load ends by itself after this time, whatever becomes of the demo.
-const LOAD_SECONDS: &str = "900";
+const LOAD_SECONDS: &str = "3000";
 /// Transactions per second: enough to be seen, few enough for two cores that also emulate the nodes.
 const LOAD_RATE: &str = "20";
 /// How often the transactions are counted, and how often at most: longer than the load lasts.
 const COUNT_PAUSE: Duration = Duration::from_secs(1);
-const COUNTS_MAX: usize = 1000;
+const COUNTS_MAX: usize = 3000;
 
 /// A bounded pgbench and the book of its transactions. Dropping it ends both.
 pub struct Load {
