@@ -89,6 +89,8 @@ impl Demo<'_> {
     /// Removes what an earlier demo left.
     fn clean_up(&mut self) -> Result<()> {
         if self.json(&["get", "namespace", NAMESPACE, "--ignore-not-found"])?.is_some() {
+            // Pods first: the namespace controller sleeps for half of a pod's grace period before it looks again.
+            self.kubectl(&["delete", "statefulset,pod", "--all", "--timeout=300s"])?;
             self.kubectl(&["delete", "namespace", NAMESPACE, "--wait=false"])?;
             self.story.wait("what an earlier demo left is gone", CLEAN_LIMIT, || {
                 Ok(match json_of(self.lab, &["get", "namespace", NAMESPACE, "--ignore-not-found"])? {
