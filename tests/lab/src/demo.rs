@@ -16,7 +16,7 @@ use crate::{install, repository};
 
 pub mod load;
 
-const CHAPTERS: usize = 9;
+const CHAPTERS: usize = 10;
 /// Where the demo's databases live.
 const NAMESPACE: &str = "howdah-demo";
 /// The clone of the last backup, and everything made of it.
