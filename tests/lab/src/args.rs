@@ -133,10 +133,16 @@ fn exec(lab: &Lab, command: &[OsString]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
+    use clap::{CommandFactory, Parser};
 
     #[test]
     fn the_command_line_is_consistent() {
         super::Args::command().debug_assert();
+    }
+
+    #[test]
+    fn a_switch_names_lab_and_node_apart() {
+        let args = super::Args::try_parse_from(["howdah-lab", "--name", "a", "node", "heal", "node-1"]).unwrap();
+        assert_eq!(args.name, "a");
     }
 }

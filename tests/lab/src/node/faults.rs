@@ -41,18 +41,18 @@ pub enum Switch {
     Heal(Link),
 }
 
-/// A node.
+/// A node. No field may be called `name`: that is the global option that names the lab.
 #[derive(Debug, Args)]
 pub struct Which {
     /// The node's name, node-1 for instance.
-    name: String,
+    node: String,
 }
 
 /// A node and what it is connected to.
 #[derive(Debug, Args)]
 pub struct Link {
     /// The node's name, node-1 for instance.
-    name: String,
+    node: String,
     /// What it is cut from.
     #[arg(long, value_enum, default_value = "both")]
     from: From,
@@ -65,12 +65,12 @@ impl Switch {
             bail!("find lab {0}: bring it up first: howdah-lab --name {0} up --nodes 3", lab.name());
         }
         match self {
-            Self::Kill(which) => kill(lab, Node::named(&which.name)?),
-            Self::Start(which) => start(lab, Node::named(&which.name)?),
-            Self::Freeze(which) => freeze(lab, Node::named(&which.name)?),
-            Self::Thaw(which) => thaw(lab, Node::named(&which.name)?),
-            Self::Cut(link) => cut(lab, Node::named(&link.name)?, link.from),
-            Self::Heal(link) => heal(lab, Node::named(&link.name)?, link.from),
+            Self::Kill(which) => kill(lab, Node::named(&which.node)?),
+            Self::Start(which) => start(lab, Node::named(&which.node)?),
+            Self::Freeze(which) => freeze(lab, Node::named(&which.node)?),
+            Self::Thaw(which) => thaw(lab, Node::named(&which.node)?),
+            Self::Cut(link) => cut(lab, Node::named(&link.node)?, link.from),
+            Self::Heal(link) => heal(lab, Node::named(&link.node)?, link.from),
         }
     }
 }
