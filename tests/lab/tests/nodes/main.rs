@@ -114,7 +114,7 @@ impl Pod<'_> {
 }
 
 /// Says every other second what answers.
-const WATCH: &str = "reach() { timeout 1 bash -c \"</dev/tcp/10.77.0.1/$1\" 2>/dev/null && echo yes || echo no; }; \
+const WATCH: &str = "reach() { timeout 5 bash -c \"</dev/tcp/10.77.0.1/$1\" 2>/dev/null && echo yes || echo no; }; \
                      while true; do echo \"api $(reach 6443) ceph $(reach 6789)\"; sleep 2; done";
 
 #[test]
