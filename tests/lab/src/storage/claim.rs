@@ -13,7 +13,7 @@ use crate::process::wait_until;
 /// Making a volume takes some ten Ceph commands, each most of a second on a busy machine.
 const BIND_LIMIT: Duration = Duration::from_secs(120);
 /// Deleting waits for the manager's background task, and for a pod that is still unmounting.
-const DELETE_LIMIT: Duration = Duration::from_secs(180);
+const DELETE_LIMIT: Duration = Duration::from_secs(300);
 
 /// Between two looks that take a Ceph or kubectl command each, whose start-up is what a test mostly costs.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -126,9 +126,15 @@ impl Claim {
     /// Deletes the claim and waits until its PersistentVolume is gone, whatever that leaves in the pool.
     pub fn delete_volume(&self) -> Result<()> {
         let volume = self.volume["metadata"]["name"].as_str().context("find the volume's name")?;
-        let limit = format!("--timeout={}s", DELETE_LIMIT.as_secs());
-        self.lab.kubectl_ok(&["delete", "pvc", &self.name, "-n", &self.namespace, &limit])?;
-        self.lab.kubectl_ok(&["wait", "--for=delete", &format!("pv/{volume}"), &limit]).map(drop)
+        self.lab.kubectl_ok(&["delete", "pvc", &self.name, "-n", &self.namespace, "--wait=false"])?;
+        let left = ["get", "pv", volume, "--ignore-not-found", "-o", "name"];
+        if !wait_slowly(DELETE_LIMIT, || self.lab.kubectl_ok(&left).is_ok_and(|left| left.is_empty())) {
+            bail!(
+                "wait for volume {volume} to be gone: {}",
+                self.lab.kubectl_ok(&["describe", "pv", volume])?
+            );
+        }
+        Ok(())
     }
 
     /// Where the volume is still known: image, trash, journal.
