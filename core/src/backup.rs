@@ -359,7 +359,7 @@ impl Run<'_> {
             if self.status.failure.is_none() {
                 self.fail(Problem::new(
                     FailureKind::Permanent,
-                    "the backup could not begin before its deadline",
+                    "the backup could not begin before its deadline, or was interrupted in each attempt",
                     "see why the scheduler did not run, or create a new PostgresBackup",
                 ));
             }

@@ -108,11 +108,11 @@ pub fn server_fit(server: &Server) -> Result<(), Problem> {
     Ok(())
 }
 
-/// Whether the volume can be backed up by snapshots of its image.
+/// Whether the volume can be backed up by snapshots of its image; `in_use` says whether a pod has it.
 ///
 /// # Errors
 /// Names the property of the volume that stands against it.
-pub fn volume_fit(volume: &RbdVolume) -> Result<(), Problem> {
+pub fn volume_fit(volume: &RbdVolume, in_use: bool) -> Result<(), Problem> {
     if volume.encrypted {
         return Err(Problem::new(
             FailureKind::Permanent,
@@ -123,7 +123,7 @@ pub fn volume_fit(volume: &RbdVolume) -> Result<(), Problem> {
             "use a StorageClass without encryption, or back up through CSI VolumeSnapshots",
         ));
     }
-    if volume.mapped_exclusively() {
+    if in_use && volume.mapped_exclusively() {
         // lab.md K4: every snapshot of the live image fails with EROFS, for an administrator too.
         return Err(Problem::new(
             FailureKind::Permanent,
@@ -245,9 +245,10 @@ mod tests {
             encrypted,
             static_volume: false,
         };
-        assert_eq!(volume_fit(&volume("krbd:noshare", false)), Ok(()));
-        assert!(volume_fit(&volume("krbd:exclusive", false)).is_err());
-        assert!(volume_fit(&volume("", true)).is_err());
+        assert_eq!(volume_fit(&volume("krbd:noshare", false), true), Ok(()));
+        assert!(volume_fit(&volume("krbd:exclusive", false), true).is_err());
+        assert_eq!(volume_fit(&volume("krbd:exclusive", false), false), Ok(()));
+        assert!(volume_fit(&volume("", true), false).is_err());
     }
 
     #[test]

@@ -85,7 +85,9 @@ async fn lead_terms(
     election: &Election,
     shutdown: &CancellationToken,
 ) -> anyhow::Result<()> {
-    while let Some(leadership) = election.acquire(shutdown).await {
+    // A lease that was just given back is free: without this look it would be taken again at once.
+    while !shutdown.is_cancelled() {
+        let Some(leadership) = election.acquire(shutdown).await else { break };
         cx.metrics.leading.set(1);
         let ended = tick::lead(cx, leadership.lost(), shutdown).await;
         cx.metrics.leading.set(0);

@@ -216,8 +216,8 @@ impl Term {
         let zone = settings.time_zone.iana_name().unwrap_or_default();
         let text = format!("{expression} {zone}");
         match self.seen.get(uid) {
-            Some((seen, since)) if *seen == text => *since,
-            // The schedule was changed under our eyes: what would have been due before is not made up for.
+            Some((seen, since)) if *seen == text && !settings.suspend => *since,
+            // The schedule was changed or is suspended: what is due before it runs again is not made up for.
             Some(_) => {
                 self.seen.insert(uid.to_owned(), (text, now));
                 now

@@ -72,9 +72,7 @@ impl Effects<'_> {
 
         let volume =
             self.cx.kubernetes.rbd_volume(&namespace, &claim).await.map_err(|error| of_resolve(&error))?;
-        if pod.is_some() {
-            preflight::volume_fit(&volume)?;
-        }
+        preflight::volume_fit(&volume, pod.is_some())?;
         let ceph = self.connect_ceph().await?;
         let image = volume.image_spec();
         let info = ceph.info(&image).await.map_err(of_ceph)?;
