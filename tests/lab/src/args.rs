@@ -142,7 +142,8 @@ mod tests {
 
     #[test]
     fn a_switch_names_lab_and_node_apart() {
-        let args = super::Args::try_parse_from(["howdah-lab", "--name", "a", "node", "heal", "node-1"]).unwrap();
+        let args =
+            super::Args::try_parse_from(["howdah-lab", "--name", "a", "node", "heal", "node-1"]).unwrap();
         assert_eq!(args.name, "a");
     }
 }
