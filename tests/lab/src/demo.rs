@@ -61,6 +61,7 @@ impl Demo<'_> {
         self.good_one_runs()?;
         self.scale_is_refused()?;
         let address = self.pod_address("db-0")?;
+        self.wait_for_sql(&address)?;
         let load = Load::start(self.lab, &address)?;
         self.backups_appear()?;
         self.old_ones_are_pruned()?;
@@ -265,12 +266,13 @@ impl Demo<'_> {
             let pod = json_of(lab, &["get", "pod", RESTORED, "--ignore-not-found"])?;
             Ok(pod.as_ref().map_or_else(|| Look::NotYet("no pod yet".into()), ready))
         })?;
+        let address = self.pod_address(RESTORED)?;
+        self.wait_for_sql(&address)?;
         let log = self.kubectl(&["logs", RESTORED])?;
         for line in log.lines().filter(|line| line.contains("recovery") || line.contains("redo")) {
             self.story.output(line);
         }
         ensure!(log.contains("automatic recovery in progress"), "no crash recovery in the log: {log}");
-        let address = self.pod_address(RESTORED)?;
         let rows = load::count_transactions(lab, &address)?;
         ensure!(
             (committed..=end).contains(&rows),
@@ -280,6 +282,16 @@ impl Demo<'_> {
             "{rows} transactions in the clone: all {committed} from before the backup, of {end} in all"
         ));
         Ok(())
+    }
+
+    /// A port that is open is not a database that answers: PostgreSQL listens before its recovery is done.
+    fn wait_for_sql(&self, address: &str) -> Result<()> {
+        self.story.wait("it answers SQL", START_LIMIT, || {
+            Ok(match load::ask(self.lab, address, "select 1") {
+                Ok(_) => Look::Found(()),
+                Err(error) => Look::NotYet(format!("{error:#}")),
+            })
+        })
     }
 
     fn farewell(&mut self) {

@@ -111,6 +111,13 @@ impl Drop for Load {
     }
 }
 
+/// Asks the database at `address` one question; the answer's fields are separated by `|`.
+pub fn ask(lab: &Lab, address: &str, question: &str) -> Result<String> {
+    let mut psql = client(lab, "psql", address);
+    psql.args(["--no-psqlrc", "--tuples-only", "--no-align", "--command", question]);
+    run(lab, psql)
+}
+
 /// How many pgbench transactions the database at `address` holds.
 pub fn count_transactions(lab: &Lab, address: &str) -> Result<u64> {
     count(lab, address).map(|count| count.transactions)
@@ -124,10 +131,7 @@ pub fn parse_lsn(text: &str) -> Option<u64> {
 }
 
 fn count(lab: &Lab, address: &str) -> Result<Count> {
-    let mut psql = client(lab, "psql", address);
-    psql.args(["--no-psqlrc", "--tuples-only", "--no-align"])
-        .args(["--command", "select pg_current_wal_lsn(), count(*) from pgbench_history"]);
-    let answer = run(lab, psql)?;
+    let answer = ask(lab, address, "select pg_current_wal_lsn(), count(*) from pgbench_history")?;
     let (lsn, transactions) =
         answer.trim().split_once('|').context("read the count: it has no two fields")?;
     Ok(Count {
