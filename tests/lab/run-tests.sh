@@ -28,6 +28,8 @@ run() {
 }
 
 run "API level (control plane only)" --test api -- --test-threads="$threads"
+# The API tests make storage classes of their own under Rook's names; Rook's are immutable.
+"$lab" down
 run "storage level (Ceph and PostgreSQL)" --test storage -- --test-threads="$threads"
 "$lab" up --nodes 3
 run "cluster level (three nodes, howdah installed)" --test cluster -- --test-threads="$threads"
