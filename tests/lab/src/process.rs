@@ -448,7 +448,8 @@ fn record_path(lab: &Lab, name: &str) -> PathBuf {
     lab.path("pids").join(name)
 }
 
-fn log_path(lab: &Lab, name: &str) -> PathBuf {
+/// Where the output of the process of this name goes; it outlives the process.
+pub fn log_path(lab: &Lab, name: &str) -> PathBuf {
     lab.path("logs").join(format!("{name}.log"))
 }
 

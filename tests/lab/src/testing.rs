@@ -31,6 +31,8 @@ pub fn shared_name() -> String {
 pub struct Process {
     lab: Lab,
     daemon: Option<Daemon>,
+    /// Length of its log when it was started; what stands before is of earlier processes of its name.
+    log_start: usize,
 }
 
 /// A Kubernetes namespace of one test's own; its deletion begins when this is dropped.
@@ -123,8 +125,9 @@ impl Lab {
         if let Some(left) = process::running(self, name) {
             left.stop(self, TERM_LIMIT)?;
         }
+        let log_start = std::fs::metadata(process::log_path(self, name)).map_or(0, |log| log.len() as usize);
         let daemon = process::start(self, name, Network::Lab, command)?;
-        Ok(Process { lab: self.clone(), daemon: Some(daemon) })
+        Ok(Process { lab: self.clone(), daemon: Some(daemon), log_start })
     }
 
     /// A new Kubernetes namespace `PREFIX-RANDOM` in which pods can be created.
@@ -160,7 +163,8 @@ impl Process {
     /// Everything it has printed.
     pub fn output(&self) -> Result<String> {
         let daemon = self.daemon.as_ref().context("find the process: it was ended")?;
-        std::fs::read_to_string(daemon.log()).with_context(|| format!("read {}", daemon.log().display()))
+        let log = std::fs::read(daemon.log()).with_context(|| format!("read {}", daemon.log().display()))?;
+        Ok(String::from_utf8_lossy(log.get(self.log_start..).unwrap_or_default()).into_owned())
     }
 
     /// Waits until `ready` says so; fails, with the end of its output, when it ends before or `limit` passes.
