@@ -104,6 +104,11 @@ pub fn root() -> Result<PathBuf> {
     Ok(Path::new(&home).join(".cache/howdah"))
 }
 
+/// Whether a directory of this name, inside a kind's, is an entry: the cache holds other things too.
+pub fn is_entry_name(name: &str) -> bool {
+    name.len() == NAME_DIGITS && name.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
 /// The directory of the entry `kind` with `inputs`; `build` fills an empty directory with it if it is not
 /// there yet. `what` names it in progress lines.
 pub fn entry(
@@ -260,6 +265,12 @@ fn go() -> Result<Command> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cargos_folder_is_no_entry() {
+        assert!(is_entry_name(&Inputs::new("x").hash()));
+        assert!(!is_entry_name("release") && !is_entry_name("debug"));
+    }
 
     #[test]
     fn inputs_differ_by_name_order_and_boundaries_and_not_by_place() {

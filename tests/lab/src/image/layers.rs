@@ -189,13 +189,14 @@ impl Sources {
     }
 }
 
-/// Content, names and modes of a file or of all below a folder. A cache entry is known by its name, so its
-/// hundred megabytes need not be read again; other files go through sha256sum, which is fast where our own
-/// debug build is not.
+/// Content, names and modes of a file or of all below a folder. A cache entry (KIND/HASH) is known by its name,
+/// so its hundred megabytes need not be read again; other files, cargo's target folder in the cache among them,
+/// go through sha256sum, which is fast where our own debug build is not.
 fn digest(path: &Path) -> Result<String> {
     let real = path.canonicalize().with_context(|| format!("find {}", path.display()))?;
     if let Ok(root) = cache::root().and_then(|root| Ok(root.canonicalize()?))
         && let Ok(within) = real.strip_prefix(root)
+        && within.iter().nth(1).is_some_and(|entry| cache::is_entry_name(&entry.to_string_lossy()))
     {
         return Ok(within.to_string_lossy().into_owned());
     }
