@@ -33,6 +33,5 @@ run "API level (control plane only)" --test api -- --test-threads="$threads"
 run "storage level (Ceph and PostgreSQL)" --test storage -- --test-threads="$threads"
 "$lab" up --nodes 3
 run "cluster level (three nodes, howdah installed)" --test cluster -- --test-threads="$threads"
-run "broken nodes" --test nodes -- --test-threads=1
 "$lab" down
 run "the lab itself" --test lab -- --test-threads=1
