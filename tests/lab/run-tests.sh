@@ -27,6 +27,8 @@ run() {
     cargo test --workspace --locked "${@:2}"
 }
 
+# What a killed run left would be taken for this one's.
+"$lab" down
 run "API level (control plane only)" --test api -- --test-threads="$threads"
 # The API tests make storage classes of their own under Rook's names; Rook's are immutable.
 "$lab" down
