@@ -16,8 +16,8 @@ use thiserror::Error;
 
 pub use runner::{CephAccess, LocalRunner, Runner, ToolboxRunner, mon_host_from_rook};
 
-/// How long a read may take. A healthy one takes half a second, most of it connecting; on an emulated node of the
-/// lab the `ceph` command, a Python program, took more than 30 s.
+/// How long a read may take. A healthy one takes half a second, most of it connecting; on busy
+/// emulated nodes of the lab preflights had no answer within 30 s. Why was not measured.
 const READ_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long a write may take. A snapshot of an image whose lock owner does not answer fails after 27 to 30 s with a

