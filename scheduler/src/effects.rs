@@ -1,6 +1,6 @@
 //! Does what `core::backup` says, through the adapters, and reports what happened.
 
-mod preflight;
+pub mod preflight;
 
 use std::time::Duration;
 
@@ -87,8 +87,13 @@ impl<'a> Effects<'a> {
         self.backup.namespace().unwrap_or_default()
     }
 
-    /// Performs `effect`; `None` for those that end in no event.
-    pub async fn perform(&mut self, effect: &Effect, status: &BackupStatus) -> Option<Event> {
+    /// What is to be done.
+    pub fn order(&self) -> &Order {
+        &self.order
+    }
+
+    /// Performs `effect` within its limit; `None` for those that end in no event.
+    pub async fn perform_within_limit(&mut self, effect: &Effect, status: &BackupStatus) -> Option<Event> {
         let limit = limit_of(effect);
         match tokio::time::timeout(limit, self.perform_unbounded(effect, status)).await {
             Ok(Ok(event)) => event,
@@ -157,39 +162,11 @@ impl<'a> Effects<'a> {
         })
     }
 
-    /// Ceph, as the identity that cannot blocklist; connected anew in each preflight, because rights may change.
-    async fn connect_ceph(&mut self) -> Result<Ceph, Problem> {
-        let args = &self.cx.args;
-        let secret = format!("{CLIENT_SECRET_PREFIX}{}", args.ceph_user);
-        let key = self
-            .cx
-            .kubernetes
-            .secret_value(&args.ceph_namespace, &secret, &args.ceph_user)
-            .await
-            .map_err(|error| ceph_setup(&error))?;
-        let access = CephAccess::new(&args.ceph_user, &key).map_err(of_ceph)?;
-        let runner = match args.ceph_runner {
-            CephRunner::Local => {
-                let (map, key) = MON_ENDPOINTS;
-                let data = self.cx.kubernetes.config_value(&args.ceph_namespace, map, key).await;
-                let mons = mon_host_from_rook(&data.map_err(|error| ceph_setup(&error))?).map_err(of_ceph)?;
-                Runner::Local(LocalRunner::new(access, &mons).map_err(of_ceph)?)
-            }
-            CephRunner::Toolbox => {
-                let toolbox = ToolboxRunner::new(access, self.cx.kubernetes.clone(), &args.ceph_namespace);
-                Runner::Toolbox(Box::new(toolbox))
-            }
-        };
-        let ceph = Ceph::connect(runner).await.map_err(of_ceph)?;
-        self.ceph = Some(ceph.clone());
-        Ok(ceph)
-    }
-
     /// The connection of this run's preflight, or a new one after a restart.
     async fn ceph(&mut self) -> Result<Ceph, Problem> {
         match &self.ceph {
             Some(ceph) => Ok(ceph.clone()),
-            None => self.connect_ceph().await,
+            None => Ok(self.ceph.insert(connect_ceph(self.cx).await?).clone()),
         }
     }
 
@@ -350,6 +327,31 @@ impl<'a> Effects<'a> {
     }
 }
 
+/// Ceph, as the identity that cannot blocklist; connected anew in each preflight, because rights may change.
+pub async fn connect_ceph(cx: &Context) -> Result<Ceph, Problem> {
+    let args = &cx.args;
+    let secret = format!("{CLIENT_SECRET_PREFIX}{}", args.ceph_user);
+    let key = cx
+        .kubernetes
+        .secret_value(&args.ceph_namespace, &secret, &args.ceph_user)
+        .await
+        .map_err(|error| ceph_setup(&error))?;
+    let access = CephAccess::new(&args.ceph_user, &key).map_err(of_ceph)?;
+    let runner = match args.ceph_runner {
+        CephRunner::Local => {
+            let (map, key) = MON_ENDPOINTS;
+            let data = cx.kubernetes.config_value(&args.ceph_namespace, map, key).await;
+            let mons = mon_host_from_rook(&data.map_err(|error| ceph_setup(&error))?).map_err(of_ceph)?;
+            Runner::Local(LocalRunner::new(access, &mons).map_err(of_ceph)?)
+        }
+        CephRunner::Toolbox => {
+            let toolbox = ToolboxRunner::new(access, cx.kubernetes.clone(), &args.ceph_namespace);
+            Runner::Toolbox(Box::new(toolbox))
+        }
+    };
+    Ceph::connect(runner).await.map_err(of_ceph)
+}
+
 /// The image the preflight wrote down.
 fn image_of(status: &BackupStatus) -> Result<&ImageRecord, Problem> {
     status.image.as_ref().ok_or_else(|| {
@@ -375,7 +377,7 @@ fn ceph_setup(error: &KubernetesError) -> Problem {
 }
 
 /// Sorts an error of Ceph by whether trying again can help.
-fn of_ceph(error: CephError) -> Problem {
+pub fn of_ceph(error: CephError) -> Problem {
     let (kind, cure) = match &error {
         CephError::UnsafeIdentity { .. } | CephError::Denied { .. } => (
             FailureKind::Permanent,
@@ -397,7 +399,7 @@ fn of_ceph(error: CephError) -> Problem {
 }
 
 /// Sorts an error of PostgreSQL by whether trying again can help.
-fn of_postgres(error: PostgresError) -> Problem {
+pub fn of_postgres(error: PostgresError) -> Problem {
     let (kind, cure) = match &error {
         PostgresError::WrongCredentials { .. } => (
             FailureKind::Credentials,

@@ -1,9 +1,10 @@
 //! The scheduler of howdah: cron wake-ups become backups, and old backups are pruned.
 //!
-//! Read it along a tick: [`tick`] wakes and asks `howdah_core::schedule` what is due, [`run`] drives
-//! `howdah_core::backup`, [`effects`] does what that says through `howdah_adapters`.
+//! Read it along a tick: [`tick`] wakes and asks `howdah_core::schedule` what is due, [`run`] drives the operation
+//! ([`backup`]: `howdah_core::backup`), [`effects`] does what that says through `howdah_adapters`.
 
 pub mod args;
+mod backup;
 mod cache;
 mod context;
 mod effects;

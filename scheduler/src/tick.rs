@@ -26,8 +26,8 @@ use tokio_cron_scheduler::{Job, JobScheduler};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+use crate::backup;
 use crate::context::Context;
-use crate::run;
 
 /// Wake-ups in a row that may stay out before the alarm clock is wound again.
 const SILENT_WAKES_MAX: u32 = 4;
@@ -290,7 +290,7 @@ impl Term {
         let task = self.runs.spawn(async move {
             let name = backup.name_any();
             let namespace = backup.namespace().unwrap_or_default();
-            if let Err(error) = run::run(&cx, &namespace, &name, &lost).await {
+            if let Err(error) = backup::run(&cx, &namespace, &name, &lost).await {
                 warn!(
                     namespace,
                     backup = name,

@@ -12,7 +12,8 @@ use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 use kube::{Api, ResourceExt as _};
 
-use super::{Effects, Held, of_ceph, of_postgres};
+use super::{Effects, Held, connect_ceph, of_ceph, of_postgres};
+use crate::context::Context;
 
 /// PostgreSQL's port where the container names none.
 const DEFAULT_PORT: u16 = 5432;
@@ -38,7 +39,7 @@ impl Effects<'_> {
                 "label it howdah.dev/protect=true and create the backup anew",
             )
         })?;
-        let pod = self.pod(&namespace, &database).await?;
+        let pod = pod(self.cx, &namespace, &database).await?;
 
         let template = database.spec.as_ref().and_then(|spec| spec.template.spec.as_ref());
         let spec = pod.as_ref().map_or(template, |pod| pod.spec.as_ref());
@@ -73,7 +74,7 @@ impl Effects<'_> {
         let volume =
             self.cx.kubernetes.rbd_volume(&namespace, &claim).await.map_err(|error| of_resolve(&error))?;
         preflight::volume_fit(&volume, pod.is_some())?;
-        let ceph = self.connect_ceph().await?;
+        let ceph = self.ceph.insert(connect_ceph(self.cx).await?).clone();
         let image = volume.image_spec();
         let info = ceph.info(&image).await.map_err(of_ceph)?;
         let watchers = ceph.watchers(&image).await.map_err(of_ceph)?;
@@ -113,28 +114,6 @@ impl Effects<'_> {
         })
     }
 
-    /// The pod of the one replica; `None` when the StatefulSet is scaled to zero and the pod is gone.
-    async fn pod(&self, namespace: &str, database: &StatefulSet) -> Result<Option<Pod>, Problem> {
-        let name = format!("{}-{}", database.name_any(), first_ordinal(database));
-        let pods = Api::<Pod>::namespaced(self.cx.kubernetes.client().clone(), namespace);
-        let found = call(format!("get the pod {namespace}/{name}"), pods.get_opt(&name)).await;
-        let pod = found.map_err(|error| of_kubernetes(&error))?;
-        let replicas = database.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(1);
-        match pod {
-            Some(pod) if pod.metadata.deletion_timestamp.is_some() => Err(Problem::new(
-                FailureKind::Transient,
-                format!("the pod {name} is being deleted"),
-                "wait: the backup is tried again when it is gone or back",
-            )),
-            None if replicas > 0 => Err(Problem::new(
-                FailureKind::Transient,
-                format!("the pod {name} does not exist, though the StatefulSet wants it"),
-                "see why with: kubectl describe statefulset",
-            )),
-            other => Ok(other),
-        }
-    }
-
     /// Opens the session that backup mode will be held in, and reads what the server says of itself.
     async fn open_session(
         &mut self,
@@ -143,13 +122,13 @@ impl Effects<'_> {
         container: &Container,
         settings: &Settings,
     ) -> Result<Session, Problem> {
-        let credentials = match self.credentials(namespace, pod, settings).await {
+        let credentials = match credentials(self.cx, namespace, pod, settings).await {
             Ok(credentials) => credentials,
             Err(problem) => return Ok(Session::Absent(problem)),
         };
         let address = pod.status.as_ref().and_then(|status| status.pod_ip.clone());
         let host = address.ok_or_else(|| strange("the pod is ready and has no address"))?;
-        let port = self.port(namespace, container).await?;
+        let port = port(self.cx, namespace, container).await?;
         let target = Target { host, port, database: DATABASE.to_owned(), credentials, ca_pem: None };
         let opened = async {
             let session = PostgresSession::connect(&target).await?;
@@ -168,54 +147,76 @@ impl Effects<'_> {
             Err(error) => Ok(Session::Absent(of_postgres(error))),
         }
     }
+}
 
-    /// User and password: the annotated Secret, or what the pod itself was started with.
-    async fn credentials(
-        &self,
-        namespace: &str,
-        pod: &Pod,
-        settings: &Settings,
-    ) -> Result<Credentials, Problem> {
-        let kubernetes = &self.cx.kubernetes;
-        let found = match &settings.credentials {
-            Some(secret) => kubernetes.credentials(namespace, secret).await.map(Some),
-            None => kubernetes.credentials_of_pod(pod).await,
-        };
-        let args = &self.cx.args;
-        match found {
-            Ok(Some(credentials)) => Ok(credentials),
-            Ok(None) => Err(Problem::new(
+/// The pod of the one replica; `None` when the StatefulSet is scaled to zero and the pod is gone.
+pub async fn pod(cx: &Context, namespace: &str, database: &StatefulSet) -> Result<Option<Pod>, Problem> {
+    let name = format!("{}-{}", database.name_any(), first_ordinal(database));
+    let pods = Api::<Pod>::namespaced(cx.kubernetes.client().clone(), namespace);
+    let found = call(format!("get the pod {namespace}/{name}"), pods.get_opt(&name)).await;
+    let pod = found.map_err(|error| of_kubernetes(&error))?;
+    let replicas = database.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(1);
+    match pod {
+        Some(pod) if pod.metadata.deletion_timestamp.is_some() => Err(Problem::new(
+            FailureKind::Transient,
+            format!("the pod {name} is being deleted"),
+            "wait: the backup is tried again when it is gone or back",
+        )),
+        None if replicas > 0 => Err(Problem::new(
+            FailureKind::Transient,
+            format!("the pod {name} does not exist, though the StatefulSet wants it"),
+            "see why with: kubectl describe statefulset",
+        )),
+        other => Ok(other),
+    }
+}
+
+/// User and password: the annotated Secret, or what the pod itself was started with.
+pub async fn credentials(
+    cx: &Context,
+    namespace: &str,
+    pod: &Pod,
+    settings: &Settings,
+) -> Result<Credentials, Problem> {
+    let kubernetes = &cx.kubernetes;
+    let found = match &settings.credentials {
+        Some(secret) => kubernetes.credentials(namespace, secret).await.map(Some),
+        None => kubernetes.credentials_of_pod(pod).await,
+    };
+    let args = &cx.args;
+    match found {
+        Ok(Some(credentials)) => Ok(credentials),
+        Ok(None) => Err(Problem::new(
+            FailureKind::Credentials,
+            "no container of the pod has a POSTGRES_PASSWORD",
+            "make a Secret with username and password and name it in howdah.dev/credentials",
+        )),
+        Err(KubernetesError::Forbidden { message, .. }) => Err(Problem::new(
+            FailureKind::Credentials,
+            format!("the scheduler may not read the credentials: {message}"),
+            format!(
+                "run: kubectl create rolebinding howdah-credentials -n {namespace} \
+                 --clusterrole=howdah-credentials --serviceaccount={}:{}",
+                args.namespace, args.service_account
+            ),
+        )),
+        Err(error @ (KubernetesError::NotFound { .. } | KubernetesError::Incomplete { .. })) => {
+            Err(Problem::new(
                 FailureKind::Credentials,
-                "no container of the pod has a POSTGRES_PASSWORD",
-                "make a Secret with username and password and name it in howdah.dev/credentials",
-            )),
-            Err(KubernetesError::Forbidden { message, .. }) => Err(Problem::new(
-                FailureKind::Credentials,
-                format!("the scheduler may not read the credentials: {message}"),
-                format!(
-                    "run: kubectl create rolebinding howdah-credentials -n {namespace} \
-                     --clusterrole=howdah-credentials --serviceaccount={}:{}",
-                    args.namespace, args.service_account
-                ),
-            )),
-            Err(error @ (KubernetesError::NotFound { .. } | KubernetesError::Incomplete { .. })) => {
-                Err(Problem::new(
-                    FailureKind::Credentials,
-                    error.to_string(),
-                    "make the Secret with the keys username and password",
-                ))
-            }
-            Err(error) => Err(of_kubernetes(&error)),
+                error.to_string(),
+                "make the Secret with the keys username and password",
+            ))
         }
+        Err(error) => Err(of_kubernetes(&error)),
     }
+}
 
-    /// `PGPORT` of the container, or the default; the names of container ports are not trusted.
-    async fn port(&self, namespace: &str, container: &Container) -> Result<u16, Problem> {
-        let found = self.cx.kubernetes.environment(namespace, container, "PGPORT").await;
-        // A port that stands in a Secret we may not read is a rarity: the default is tried then.
-        let text = found.ok().flatten();
-        Ok(text.and_then(|text| text.parse().ok()).unwrap_or(DEFAULT_PORT))
-    }
+/// `PGPORT` of the container, or the default; the names of container ports are not trusted.
+pub async fn port(cx: &Context, namespace: &str, container: &Container) -> Result<u16, Problem> {
+    let found = cx.kubernetes.environment(namespace, container, "PGPORT").await;
+    // A port that stands in a Secret we may not read is a rarity: the default is tried then.
+    let text = found.ok().flatten();
+    Ok(text.and_then(|text| text.parse().ok()).unwrap_or(DEFAULT_PORT))
 }
 
 /// The container that runs PostgreSQL, and its mounts: the first one with a claim above its data directory.
