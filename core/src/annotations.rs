@@ -44,6 +44,8 @@ pub struct Settings {
     pub credentials: Option<String>,
     /// What howdah does when the node is lost. Default off.
     pub failover: Failover,
+    /// The operation that holds the database, as `restore/NAME` or `failover/NAME`; `None` when none does.
+    pub gate: Option<String>,
 }
 
 impl Default for Settings {
@@ -59,6 +61,7 @@ impl Default for Settings {
             suspend: false,
             credentials: None,
             failover: Failover::Off,
+            gate: None,
         }
     }
 }
@@ -270,6 +273,15 @@ fn apply(settings: &mut Settings, key: &str, value: &str) -> Result<(), (String,
         names::FAILOVER => {
             let kinds = [("auto", Failover::Auto), ("manual", Failover::Manual), ("off", Failover::Off)];
             settings.failover = one_of(text, &kinds).map_err(|p| (p, write("auto, manual or off")))?;
+        }
+        names::GATE => {
+            let name =
+                [names::RESTORE_GATE, names::FAILOVER_GATE].iter().find_map(|kind| text.strip_prefix(kind));
+            if !name.is_some_and(is_dns_subdomain) {
+                let problem = "names no operation of howdah's".to_owned();
+                return Err((problem, "leave it to howdah, which sets and removes it".to_owned()));
+            }
+            settings.gate = Some(text.to_owned());
         }
         _ => match key.strip_prefix(names::EXEMPT_PREFIX) {
             Some(rule) => {

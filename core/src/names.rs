@@ -10,6 +10,11 @@ pub const GROUP: &str = "howdah.dev";
 /// Version of the records.
 pub const VERSION: &str = "v1alpha1";
 
+/// The namespace howdah is installed in unless its operator chooses another.
+pub const NAMESPACE: &str = "howdah-system";
+/// Group whose members nothing of howdah's holds up: the way out when it stands in the way.
+pub const BREAK_GLASS_GROUP: &str = "howdah:break-glass";
+
 /// Label that puts a StatefulSet under howdah's care; its value is [`PROTECT_VALUE`].
 pub const PROTECT_LABEL: &str = "howdah.dev/protect";
 /// The one value of [`PROTECT_LABEL`] that means "protected".
@@ -37,9 +42,19 @@ pub const SUSPEND: &str = "howdah.dev/suspend";
 pub const CREDENTIALS: &str = "howdah.dev/credentials";
 /// `auto`, `manual` or `off`.
 pub const FAILOVER: &str = "howdah.dev/failover";
+/// The operation that holds the database, set and removed by howdah alone: [`RESTORE_GATE`] or [`FAILOVER_GATE`] and
+/// the name of its record. While it stands, nothing but the operation may start, change or delete the database.
+pub const GATE: &str = "howdah.dev/gate";
+/// Beginning of a [`GATE`] that a `PostgresRestore` has closed; its name follows.
+pub const RESTORE_GATE: &str = "restore/";
+/// Beginning of a [`GATE`] that a `PostgresFailover` has closed; its name follows.
+pub const FAILOVER_GATE: &str = "failover/";
 /// Every annotation a protected StatefulSet may carry, apart from the exemptions.
-pub const STATEFUL_SET_ANNOTATIONS: [&str; 9] =
-    [MODE, SCHEDULE, TIME_ZONE, RETENTION, CONSISTENCY, VERIFY, SUSPEND, CREDENTIALS, FAILOVER];
+pub const STATEFUL_SET_ANNOTATIONS: [&str; 10] =
+    [MODE, SCHEDULE, TIME_ZONE, RETENTION, CONSISTENCY, VERIFY, SUSPEND, CREDENTIALS, FAILOVER, GATE];
+
+/// Annotation on a claim: whose value is the uid of the claim, that one may be deleted.
+pub const ALLOW_DELETE: &str = "howdah.dev/allow-delete";
 
 /// Annotation on a `PostgresBackup`: never prune it, whatever its value (it may say why).
 pub const HOLD: &str = "howdah.dev/hold";

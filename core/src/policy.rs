@@ -1,22 +1,30 @@
-//! The policy: what a protected StatefulSet has to look like, and what howdah fills in.
+//! The policy: what a protected StatefulSet has to look like, what may be done to it, and what howdah fills in.
 //!
 //! [`RULES`] is the whole policy in review order. A rule is one file in `policy/`: a doc block, one `const RULE`, one
 //! pure function and its tests. [`mutate`] fills in defaults, [`validate`] judges; both read the raw JSON, because a
-//! typed round trip drops the fields it does not know. Whatever has to be looked up in the cluster is named by
-//! [`claims::needed`] and comes in as [`ClusterFacts`]; the clock comes in as `now`. The webhook is the shell around it.
+//! typed round trip drops the fields it does not know. Whatever has to be looked up in the cluster (for a StatefulSet
+//! [`claims::needed`] names it) comes in as [`ClusterFacts`]; the clock comes in as `now`. The webhook is the shell
+//! around it.
 
 pub mod annotations;
+mod answer;
 pub mod anti_affinity;
 pub mod claims;
 mod defaults;
 pub mod grace_period;
+pub mod holding;
 pub mod json;
+pub mod parents;
+mod reference;
 pub mod retention_policy;
+pub mod selector;
 pub mod single_replica;
 pub mod storage_class;
+#[cfg(test)]
+mod testing;
+pub mod users;
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 
 use jiff::Timestamp;
 use jiff::civil::Date;
@@ -26,7 +34,11 @@ use serde_json::Value;
 use crate::annotations::{Mode, Settings};
 use crate::names;
 
+pub use answer::{WARNING_CHARS_MAX, WARNINGS_MAX};
 pub use claims::{Claim, Needed, StorageClass, Volume, needed};
+pub use holding::HoldingBackup;
+pub use reference::reference;
+pub use users::User;
 
 /// Every rule, in review order. Adding a rule is one file and one line here.
 pub static RULES: [Rule; 6] = [
@@ -37,13 +49,6 @@ pub static RULES: [Rule; 6] = [
     retention_policy::RULE,
     anti_affinity::RULE,
 ];
-
-/// Longest warning: kubectl prints each on one line, and the API server cuts all of them at 4096 characters.
-pub const WARNING_CHARS_MAX: usize = 120;
-/// Most warnings in one answer; with [`WARNING_CHARS_MAX`] they stay below the API server's limit for all of them.
-pub const WARNINGS_MAX: usize = 20;
-/// Longest value quoted in a message: a denial has to stay readable on a terminal.
-const QUOTED_CHARS_MAX: usize = 200;
 
 /// One rule of the policy.
 #[derive(Debug)]
@@ -60,10 +65,20 @@ pub struct Rule {
     pub targets: &'static [Target],
     /// What a finding of it means for the request.
     pub refusal: Refusal,
-    /// Lists every violation in one object.
-    pub check: fn(&Subject<'_>) -> Vec<Finding>,
+    /// Lists every violation.
+    pub check: Check,
     /// What it fills in on creation, so that most users never meet the rule.
     pub filling: Option<Filling>,
+}
+
+/// What a rule looks at. Both functions list every violation.
+#[derive(Debug, Clone, Copy)]
+pub enum Check {
+    /// An object as it is going to be. The object as it is is judged as well: what stood there before only warns.
+    State(fn(&Subject<'_>) -> Vec<Finding>),
+    /// The request itself: a deletion, or the step from what is to what is going to be. An object that is only looked
+    /// at, by the audit or the command line, is not judged by it.
+    Step(fn(&Subject<'_>) -> Vec<Finding>),
 }
 
 /// What a rule fills in where the user left it open.
@@ -80,28 +95,59 @@ impl Rule {
     #[must_use]
     pub fn exemption(&self) -> Option<String> {
         match self.refusal {
-            Refusal::Policy => Some(format!("{}{}", names::EXEMPT_PREFIX, self.id)),
-            Refusal::Invalid => None,
+            Refusal::Policy | Refusal::Advice => Some(format!("{}{}", names::EXEMPT_PREFIX, self.id)),
+            Refusal::Invalid | Refusal::Held => None,
         }
     }
 }
 
-/// What kind of object a request is about.
+/// What kind of object a request is about. All but a StatefulSet are judged by the StatefulSet they belong to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
     /// A StatefulSet of apps/v1.
     StatefulSet,
-    /// Its scale subresource: an autoscaling/v1 Scale, which carries no labels, so that its parent decides.
+    /// Its scale subresource: an autoscaling/v1 Scale, which carries no labels.
     Scale,
+    /// A HorizontalPodAutoscaler of autoscaling/v2.
+    HorizontalPodAutoscaler,
+    /// A Pod that is deleted.
+    Pod,
+    /// A Pod that is evicted: a policy/v1 Eviction, which is what `kubectl drain` creates. No deletion follows it.
+    Eviction,
+    /// A PersistentVolumeClaim that is deleted.
+    Claim,
+    /// A PodDisruptionBudget of policy/v1.
+    DisruptionBudget,
+}
+
+impl Target {
+    /// The resource as kubectl calls it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::StatefulSet => "statefulsets",
+            Self::Scale => "statefulsets/scale",
+            Self::HorizontalPodAutoscaler => "horizontalpodautoscalers",
+            Self::Pod => "pods",
+            Self::Eviction => "pods/eviction",
+            Self::Claim => "persistentvolumeclaims",
+            Self::DisruptionBudget => "poddisruptionbudgets",
+        }
+    }
 }
 
 /// What a finding means for the request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
-    /// Against the policy: 403. Follows the mode of the StatefulSet and can be exempted.
+    /// Against the policy: 403, or 429 where a finding is [`Weight::NotNow`]. Follows the mode of the StatefulSet and
+    /// can be exempted.
     Policy,
     /// Not understandable: 422 in every mode, because howdah would otherwise act on a guess later.
     Invalid,
+    /// An operation holds the database: 403 in every mode, because two writers could come of it.
+    Held,
+    /// Worth knowing: it warns and never denies.
+    Advice,
 }
 
 /// What a request does to the object.
@@ -111,7 +157,9 @@ pub enum Operation {
     Create,
     /// A change to an existing one; PATCH and server-side apply arrive as this, too.
     Update,
-    /// Anything else; no rule judges it yet.
+    /// The end of one, also of each that `deletecollection` finds.
+    Delete,
+    /// Anything else; no rule judges it.
     Other,
 }
 
@@ -124,12 +172,34 @@ pub struct Request<'a> {
     pub target: Target,
     /// Namespace of the object.
     pub namespace: &'a str,
-    /// Name of the object; empty when it is generated on creation.
+    /// Name of the object; empty when it is generated on creation, and in a `deletecollection`.
     pub name: &'a str,
     /// The object as it is going to be.
     pub object: Option<&'a Value>,
     /// The object as it is.
     pub old_object: Option<&'a Value>,
+    /// Who asks; `None` when nobody does and an object is only looked at.
+    pub user: Option<&'a User>,
+    /// The seconds that a deletion grants; `None` where the request leaves it to the object. In the deletion of a single
+    /// pod it is what the API server made of the request: 0 for a pod that is finished or was never scheduled, too.
+    pub grace_s: Option<i64>,
+}
+
+impl<'a> Request<'a> {
+    /// A StatefulSet that is looked at as it stands: by the audit, or by the command line in a file.
+    #[must_use]
+    pub fn look(namespace: &'a str, name: &'a str, object: &'a Value) -> Self {
+        Self {
+            operation: Operation::Create,
+            target: Target::StatefulSet,
+            namespace,
+            name,
+            object: Some(object),
+            old_object: None,
+            user: None,
+            grace_s: None,
+        }
+    }
 }
 
 /// What the operator of howdah has configured.
@@ -139,11 +209,17 @@ pub struct Config {
     pub storage_class: Option<String>,
     /// The shortest grace period that passes, in seconds.
     pub minimum_grace_s: i64,
+    /// The namespace howdah runs in: its service accounts may do what holds others up.
+    pub namespace: String,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { storage_class: None, minimum_grace_s: grace_period::MINIMUM_GRACE_S }
+        Self {
+            storage_class: None,
+            minimum_grace_s: grace_period::MINIMUM_GRACE_S,
+            namespace: names::NAMESPACE.to_owned(),
+        }
     }
 }
 
@@ -156,8 +232,18 @@ pub struct ClusterFacts {
     pub claims: BTreeMap<String, Claim>,
     /// The volumes these claims are bound to or reserved for, by name.
     pub volumes: BTreeMap<String, Volume>,
-    /// The StatefulSet behind a Scale; `None` when it is not protected or gone.
+    /// The StatefulSet that something else belongs to: a scale, a pod, a claim, what an autoscaler or a disruption budget
+    /// selects. `None` when it is not protected or gone.
     pub parent: Option<Value>,
+    /// The pod that an eviction names.
+    pub pod: Option<Value>,
+    /// The backups of the StatefulSet that were inside backup mode or taking their snapshot, when last seen.
+    pub backups: Vec<HoldingBackup>,
+    /// Whether the namespace of the request is being deleted, which takes everything in it along.
+    pub namespace_terminating: bool,
+    /// Whether the node of the pod is proven to be cut off from the storage. Nothing proves that yet: the failover
+    /// controller will, and until then this stays false.
+    pub node_fenced: bool,
     /// What the operator has configured.
     pub config: Config,
 }
@@ -165,14 +251,38 @@ pub struct ClusterFacts {
 /// What a rule looks at.
 #[derive(Debug, Clone, Copy)]
 pub struct Subject<'a> {
-    /// The object, old or new.
+    /// The object whose state is judged, old or new; for a [`Check::Step`] the new one, or the old where there is no new.
     pub object: &'a Value,
-    /// Its namespace.
-    pub namespace: &'a str,
+    /// The request.
+    pub request: &'a Request<'a>,
+    /// What the annotations of the StatefulSet in question say.
+    pub settings: &'a Settings,
     /// What the cluster knows.
     pub facts: &'a ClusterFacts,
+    /// When the review takes place.
+    pub now: Timestamp,
+}
+
+impl Subject<'_> {
     /// The day of the review (UTC).
-    pub today: Date,
+    #[must_use]
+    pub fn today(&self) -> Date {
+        today(self.now)
+    }
+}
+
+/// How much a single finding weighs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Weight {
+    /// As the rule says.
+    Full,
+    /// It denies now and would not later: 429, so that whoever asks tries again after so many seconds.
+    NotNow {
+        /// When it is worth another try.
+        retry_after_s: u32,
+    },
+    /// It warns at most.
+    Warning,
 }
 
 /// One violation.
@@ -186,18 +296,35 @@ pub struct Finding {
     pub wanted: String,
     /// How to fix this one, as an imperative, when the fix of the rule is not precise enough.
     pub fix: Option<String>,
+    /// How much it weighs.
+    pub weight: Weight,
 }
 
 impl Finding {
     /// A violation that the fix of its rule cures.
     pub fn new(field: impl Into<String>, found: impl Into<String>, wanted: impl Into<String>) -> Self {
-        Self { field: field.into(), found: found.into(), wanted: wanted.into(), fix: None }
+        let (field, found, wanted) = (field.into(), found.into(), wanted.into());
+        Self { field, found, wanted, fix: None, weight: Weight::Full }
     }
 
     /// The same with a fix of its own.
     #[must_use]
     pub fn fix(mut self, fix: impl Into<String>) -> Self {
         self.fix = Some(fix.into());
+        self
+    }
+
+    /// The same, but it warns at most.
+    #[must_use]
+    pub fn warning(mut self) -> Self {
+        self.weight = Weight::Warning;
+        self
+    }
+
+    /// The same, but it passes later.
+    #[must_use]
+    pub fn not_now(mut self, retry_after_s: u32) -> Self {
+        self.weight = Weight::NotNow { retry_after_s };
         self
     }
 }
@@ -257,8 +384,11 @@ pub struct Cause {
 pub struct Verdict {
     /// Whether the request passes.
     pub allowed: bool,
-    /// HTTP status for the client when it does not: 403 against the policy, 422 for a field that cannot be understood.
+    /// HTTP status for the client when it does not: 403 against the policy, 422 for a field that cannot be understood,
+    /// 429 for what will pass later.
     pub code: u16,
+    /// Seconds after which a request that was answered 429 is worth another try.
+    pub retry_after_s: Option<u32>,
     /// The whole explanation, on several lines.
     pub message: String,
     /// One line of at most [`WARNING_CHARS_MAX`] characters each.
@@ -293,7 +423,8 @@ pub fn is_protected(object: &Value) -> bool {
 pub fn mutate(request: &Request<'_>, facts: &ClusterFacts, now: Timestamp) -> Verdict {
     let mut verdict = Verdict::allow();
     let (Target::StatefulSet, Some(object)) = (request.target, request.object) else { return verdict };
-    if !has_a_say(object) {
+    // An operator compares what it made with what is there: it would undo the defaults, and restart the database.
+    if !has_a_say(object) || made_by(object).is_some() {
         return verdict;
     }
     let settings = readable_settings(object).0;
@@ -313,35 +444,92 @@ pub fn mutate(request: &Request<'_>, facts: &ClusterFacts, now: Timestamp) -> Ve
 #[must_use]
 pub fn validate(request: &Request<'_>, facts: &ClusterFacts, now: Timestamp) -> Verdict {
     let mut verdict = Verdict::allow();
-    let governing = match request.target {
-        Target::StatefulSet => request.object,
-        Target::Scale => facts.parent.as_ref(),
-    };
-    let (Some(governing), Some(object)) = (governing, request.object) else { return verdict };
-    if request.operation == Operation::Other || !has_a_say(governing) {
+    let Some(governing) = governing(request, facts) else { return verdict };
+    if let Some(user) = request.user.filter(|user| user.breaks_the_glass()) {
+        verdict.audit_annotations.insert("break-glass".to_owned(), user.name.clone());
         return verdict;
     }
     let settings = readable_settings(governing).0;
-    let today = today(now);
-    let subject = Subject { object, namespace: request.namespace, facts, today };
+    let object = request.object.or(request.old_object).unwrap_or(governing);
+    let subject = Subject { object, request, settings: &settings, facts, now };
+    let context = Context { settings: &settings, made_by: made_by(governing), today: today(now) };
     for rule in RULES.iter().filter(|rule| rule.targets.contains(&request.target)) {
-        let before = match (request.operation, request.old_object) {
-            (Operation::Update, Some(old)) => (rule.check)(&Subject { object: old, ..subject }),
-            _ => Vec::new(),
+        let (found, before) = match rule.check {
+            Check::State(check) => states(check, &subject),
+            Check::Step(check) if request.user.is_some() => (check(&subject), Vec::new()),
+            Check::Step(_) => continue,
         };
-        verdict.outcomes.extend((rule.check)(&subject).into_iter().map(|finding| {
-            let (effect, because) = weigh(rule, &settings, before.contains(&finding), today);
+        verdict.outcomes.extend(found.into_iter().map(|finding| {
+            let (effect, because) = context.weigh(rule, &finding, before.contains(&finding));
             Outcome { rule, finding, effect, because }
         }));
     }
     verdict.mode = Some(settings.mode);
-    conclude(&mut verdict, request);
+    answer::conclude(&mut verdict, governing, request);
     verdict
 }
 
-/// Howdah judges protected objects, except those on their way out: their finalizers must be removable.
+/// What `check` finds in the object as it is going to be, and what it finds in the object as it is. An object that ends,
+/// or whose label goes, has no state that would be worth judging.
+fn states(check: fn(&Subject<'_>) -> Vec<Finding>, subject: &Subject<'_>) -> (Vec<Finding>, Vec<Finding>) {
+    let request = subject.request;
+    let Some(object) = request.object.filter(|_| request.operation != Operation::Delete) else {
+        return (Vec::new(), Vec::new());
+    };
+    if request.target == Target::StatefulSet && !is_protected(object) {
+        return (Vec::new(), Vec::new());
+    }
+    let old = request.old_object.filter(|_| request.operation == Operation::Update);
+    let before = old.map(|old| check(&Subject { object: old, ..*subject })).unwrap_or_default();
+    (check(&Subject { object, ..*subject }), before)
+}
+
+/// The object whose label and annotations decide about the request; `None` when howdah has no say in it.
+fn governing<'a>(request: &Request<'a>, facts: &'a ClusterFacts) -> Option<&'a Value> {
+    if request.operation == Operation::Other {
+        return None;
+    }
+    let is_leaving = |object: &Value| json::at(object, &["metadata", "deletionTimestamp"]).is_some();
+    let parent = facts.parent.as_ref().filter(|parent| is_protected(parent));
+    match request.target {
+        Target::StatefulSet => {
+            // Without the label from now on, it is judged by what it was: that is how taking the label off is seen.
+            let objects = [request.object, request.old_object];
+            // On its way out, its finalizers must be removable.
+            if objects.iter().flatten().any(|object| is_leaving(object)) {
+                return None;
+            }
+            objects.into_iter().flatten().find(|object| is_protected(object))
+        }
+        // A pod that already ends can still be torn away from a kubelet that waits for it, and the set may be made anew.
+        Target::Pod => parent.or_else(|| {
+            request.old_object.filter(|pod| {
+                is_protected(pod) && json::list(pod, &["metadata", "ownerReferences"]).is_empty()
+            })
+        }),
+        Target::Scale
+        | Target::HorizontalPodAutoscaler
+        | Target::Eviction
+        | Target::Claim
+        | Target::DisruptionBudget => {
+            let own = request.object.or(request.old_object)?;
+            parent.filter(|parent| !is_leaving(parent) && !is_leaving(own))
+        }
+    }
+}
+
+/// Howdah fills in protected objects, except those on their way out.
 fn has_a_say(object: &Value) -> bool {
     is_protected(object) && json::at(object, &["metadata", "deletionTimestamp"]).is_none()
+}
+
+/// Kind and name of what made `object` and keeps it as it wants it, such as a PostgreSQL operator's custom resource.
+#[must_use]
+pub fn made_by(object: &Value) -> Option<String> {
+    let owners = json::list(object, &["metadata", "ownerReferences"]);
+    let owner = owners.iter().find(|owner| json::at(owner, &["controller"]) == Some(&Value::Bool(true)))?;
+    let text = |key: &str| json::string(owner, &[key]).unwrap_or("?");
+    Some(format!("{}/{}", text("kind"), text("name")))
 }
 
 fn today(now: Timestamp) -> Date {
@@ -371,156 +559,48 @@ fn exempted(rule: &str, settings: &Settings, today: Date) -> Result<Option<Strin
     }
 }
 
-/// Decides what becomes of one finding: exemption first, then the ratchet, then the mode.
-fn weigh(rule: &Rule, settings: &Settings, was_there: bool, today: Date) -> (Effect, Option<String>) {
-    let unchanged = || Some("was there before this change".to_owned());
-    if rule.refusal == Refusal::Invalid {
-        return if was_there { (Effect::Warn, unchanged()) } else { (Effect::Deny, None) };
-    }
-    let ended = match exempted(rule.id, settings, today) {
-        Ok(Some(exemption)) => return (Effect::Exempt, Some(exemption)),
-        Ok(None) => None,
-        Err(ended) => Some(ended),
-    };
-    match settings.mode {
-        Mode::Audit => (Effect::Audit, ended),
-        Mode::Warn => (Effect::Warn, ended),
-        Mode::Enforce if was_there => (Effect::Warn, unchanged()),
-        Mode::Enforce => (Effect::Deny, ended),
-    }
+/// What findings are weighed by.
+struct Context<'a> {
+    settings: &'a Settings,
+    made_by: Option<String>,
+    today: Date,
 }
 
-/// Turns the outcomes into message, code, warnings, causes and audit annotations.
-fn conclude(verdict: &mut Verdict, request: &Request<'_>) {
-    let mut denials = Vec::new();
-    let mut audit: BTreeMap<&'static str, Vec<String>> = BTreeMap::new();
-    for outcome in &verdict.outcomes {
-        let (rule, finding) = (outcome.rule, &outcome.finding);
-        let found = quoted(&finding.found);
-        let because = outcome.because.as_deref().map(|clause| format!(" ({clause})")).unwrap_or_default();
-        match outcome.effect {
-            Effect::Deny => {
-                denials.push(explain(outcome));
-                let message = format!("{}: found {found}, wanted {}", rule.id, finding.wanted);
-                verdict.causes.push(Cause { rule: rule.id, field: finding.field.clone(), message });
-            }
-            Effect::Warn if verdict.warnings.len() < WARNINGS_MAX => {
-                let text = format!("howdah {}: {} is {found}{because}", rule.id, finding.field);
-                verdict.warnings.push(shortened(&text, WARNING_CHARS_MAX));
-            }
-            Effect::Warn | Effect::Audit | Effect::Exempt => {}
+impl Context<'_> {
+    /// Decides what becomes of one finding: exemption first, then the ratchet, then the mode.
+    fn weigh(&self, rule: &Rule, finding: &Finding, was_there: bool) -> (Effect, Option<String>) {
+        let unchanged = || Some("was there before this change".to_owned());
+        match rule.refusal {
+            Refusal::Invalid if was_there => return (Effect::Warn, unchanged()),
+            Refusal::Invalid | Refusal::Held => return (Effect::Deny, None),
+            Refusal::Policy | Refusal::Advice => {}
         }
-        let key = if outcome.effect == Effect::Exempt { "exempt" } else { "violations" };
-        audit.entry(key).or_default().push(format!("{}: {} is {found}{because}", rule.id, finding.field));
-    }
-    verdict.audit_annotations =
-        audit.into_iter().map(|(key, lines)| (key.to_owned(), lines.join("; "))).collect();
-    if denials.is_empty() {
-        return;
-    }
-    let invalid =
-        |outcome: &&Outcome| outcome.effect == Effect::Deny && outcome.rule.refusal == Refusal::Policy;
-    verdict.allowed = false;
-    // A mixture is a matter of policy: 422 would tell clients that only the syntax is wrong.
-    verdict.code = if verdict.outcomes.iter().any(|outcome| invalid(&outcome)) { 403 } else { 422 };
-    let name = if request.name.is_empty() { "(generated name)" } else { request.name };
-    let count = denials.len();
-    let findings = if count == 1 { "finding" } else { "findings" };
-    verdict.message = format!("howdah protects StatefulSet {}/{name}: {count} {findings}", request.namespace);
-    for denial in denials {
-        let _ = write!(verdict.message, "\n{denial}");
-    }
-}
-
-/// One denial in full: rule, field, found, wanted, fix, exemption.
-fn explain(outcome: &Outcome) -> String {
-    let (rule, finding) = (outcome.rule, &outcome.finding);
-    let ended = outcome.because.as_deref().map(|clause| format!("; {clause}")).unwrap_or_default();
-    let exempt = match rule.exemption() {
-        Some(annotation) => {
-            format!("annotate the StatefulSet with {annotation}=\"until=YYYY-MM-DD reason=...\"")
-        }
-        None => "not possible, remove the annotation instead".to_owned(),
-    };
-    format!(
-        "[{}] {} is {}, wanted {}{ended}\n    fix: {}\n    exempt: {exempt}",
-        rule.id,
-        finding.field,
-        quoted(&finding.found),
-        finding.wanted,
-        finding.fix.as_deref().unwrap_or(rule.fix),
-    )
-}
-
-/// A value for a message: on one line and not too long.
-fn quoted(value: &str) -> String {
-    let line: String = value.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    shortened(&line, QUOTED_CHARS_MAX)
-}
-
-/// At most `limit` characters of `text`, with an ellipsis where it was cut.
-fn shortened(text: &str, limit: usize) -> String {
-    if text.chars().count() <= limit {
-        return text.to_owned();
-    }
-    text.chars().take(limit.saturating_sub(3)).chain("...".chars()).collect()
-}
-
-/// The rules as a Markdown document, for the reference.
-#[must_use]
-pub fn reference() -> String {
-    let mut text = String::from(
-        "# Rules\n\n\
-         Generated from the table `RULES` in `core/src/policy.rs`. Every rule judges StatefulSets that carry the label\n\
-         `howdah.dev/protect=true`, and nothing else. 403 means against the policy: it follows `howdah.dev/mode`\n\
-         (`enforce`, `warn`, `audit`) and can be exempted. 422 means not understandable: it is refused in every mode.\n\
-         A change is never denied for a violation that was there before and that it does not touch: it warns.\n\n\
-         | rule | intent | fields | on | code |\n|---|---|---|---|---|\n",
-    );
-    for rule in &RULES {
-        let fields: Vec<String> = rule.fields.iter().map(|field| format!("`{field}`")).collect();
-        let targets: Vec<&str> = rule
-            .targets
-            .iter()
-            .map(|target| match target {
-                Target::StatefulSet => "StatefulSet",
-                Target::Scale => "statefulsets/scale",
-            })
-            .collect();
-        let code = if rule.refusal == Refusal::Invalid { 422 } else { 403 };
-        let _ = writeln!(
-            text,
-            "| [{id}](#{id}) | {} | {} | {} | {code} |",
-            rule.intent,
-            fields.join(", "),
-            targets.join(", "),
-            id = rule.id,
-        );
-    }
-    for rule in &RULES {
-        let exempt = match rule.exemption() {
-            Some(annotation) => {
-                format!("`{annotation}: \"until=YYYY-MM-DD reason=...\"`, both keys required")
-            }
-            None => "not possible; remove the annotation instead".to_owned(),
+        let ended = match exempted(rule.id, self.settings, self.today) {
+            Ok(Some(exemption)) => return (Effect::Exempt, Some(exemption)),
+            Ok(None) => None,
+            Err(ended) => Some(ended),
         };
-        let _ = write!(text, "\n## {}\n\n{}\n\n- Fix: {}.\n", rule.id, rule.intent, rule.fix);
-        if let Some(filling) = &rule.filling {
-            let _ = writeln!(text, "- Filled in on creation: {}.", filling.says);
+        let warns = rule.refusal == Refusal::Advice || finding.weight == Weight::Warning;
+        // Whoever wrote the StatefulSet would write it again: to refuse that would only break the operator.
+        let operator = self.made_by.as_ref().filter(|_| matches!(rule.check, Check::State(_)));
+        match self.settings.mode {
+            Mode::Audit => (Effect::Audit, ended),
+            Mode::Warn => (Effect::Warn, ended),
+            Mode::Enforce if was_there => (Effect::Warn, unchanged()),
+            Mode::Enforce if warns => (Effect::Warn, ended),
+            Mode::Enforce => match operator {
+                Some(operator) => (Effect::Warn, Some(format!("only warned of: {operator} made the set"))),
+                None => (Effect::Deny, ended),
+            },
         }
-        let _ = writeln!(text, "- Exempt: {exempt}.");
     }
-    text
 }
 
 #[cfg(test)]
 mod tests {
+    use super::testing::{now, somebody};
     use super::*;
     use serde_json::json;
-
-    fn now() -> Timestamp {
-        "2026-11-22T12:00:00Z".parse().unwrap()
-    }
 
     /// A protected StatefulSet with this many replicas and this grace period, and these annotations.
     fn set(replicas: i64, grace_s: i64, annotations: &[(&str, &str)]) -> Value {
@@ -551,6 +631,8 @@ mod tests {
             name: "orders",
             object: Some(new),
             old_object: old,
+            user: Some(&somebody()),
+            grace_s: None,
         };
         validate(&request, &ClusterFacts::default(), now())
     }
@@ -683,6 +765,8 @@ mod tests {
             name: "orders",
             object: Some(&scale),
             old_object: Some(&json!({"spec": {"replicas": 1}})),
+            user: Some(&somebody()),
+            grace_s: None,
         };
         let judged = |parent| validate(&request, &ClusterFacts { parent, ..ClusterFacts::default() }, now());
         assert!(judged(None).allowed);

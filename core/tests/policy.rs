@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use howdah_core::policy::{
-    Claim, ClusterFacts, Config, Effect, Operation, RULES, Request, StorageClass, Target, Verdict, Volume,
-    mutate, validate,
+    Claim, ClusterFacts, Config, Effect, Operation, RULES, Request, StorageClass, Target, User, Verdict,
+    Volume, mutate, validate,
 };
 use jiff::Timestamp;
 use proptest::prelude::*;
@@ -15,6 +15,8 @@ use serde::Deserialize as _;
 use serde_json::{Value, json};
 
 const NAMESPACE: &str = "fixtures";
+/// Somebody without special rights.
+static EVE: User = User { name: String::new(), groups: Vec::new() };
 
 fn now() -> Timestamp {
     "2026-11-22T12:00:00Z".parse().unwrap()
@@ -59,6 +61,8 @@ fn admit(facts: &ClusterFacts, old: Option<&Value>, new: &Value) -> (Value, Verd
         name,
         object: Some(new),
         old_object: old.as_ref(),
+        user: Some(&EVE),
+        grace_s: None,
     };
     let mut mutated = new.clone();
     if let Some(patch) = mutate(&request, &facts, now()).patch {
@@ -300,6 +304,7 @@ fn facts() -> ClusterFacts {
         reclaim_policy: "Delete".to_owned(),
         default: false,
         created: String::new(),
+        ..StorageClass::default()
     };
     ClusterFacts {
         storage_classes: [
@@ -321,6 +326,8 @@ fn request<'a>(old: Option<&'a Value>, new: &'a Value) -> Request<'a> {
         name: "pg",
         object: Some(new),
         old_object: old,
+        user: Some(&EVE),
+        grace_s: None,
     }
 }
 

@@ -11,6 +11,7 @@ use clap::Parser;
 use howdah_adapters::telemetry::{Diagnostics, LogFormat, Readiness};
 use howdah_adapters::{kubernetes, shutdown, telemetry};
 use howdah_certs::{Keeper, Lifetimes};
+use howdah_core::names;
 use howdah_core::policy::Config;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
@@ -35,7 +36,7 @@ pub struct Args {
     #[arg(long, env = "HOWDAH_DIAGNOSTICS", default_value = "0.0.0.0:8080")]
     pub diagnostics: SocketAddr,
     /// The namespace howdah runs in.
-    #[arg(long, env = "POD_NAMESPACE", default_value = "howdah-system")]
+    #[arg(long, env = "POD_NAMESPACE", default_value = names::NAMESPACE)]
     pub namespace: String,
     /// The Service in front of the webhook; its DNS name stands in the certificate.
     #[arg(long, env = "HOWDAH_SERVICE", default_value = "howdah-webhook")]
@@ -121,6 +122,8 @@ impl Args {
             format!("{service}.{namespace}.svc"),
             format!("{service}.{namespace}.svc.cluster.local"),
         ]);
+        let config =
+            Config { storage_class, minimum_grace_s: minimum_grace_seconds, namespace: namespace.clone() };
         let settings = howdah_certs::Settings {
             namespace,
             secret: ca_secret,
@@ -134,7 +137,6 @@ impl Args {
         };
         let certificates = howdah_certs::Metrics::register(&mut registry);
         let keeper = Keeper::new(client.clone(), settings, certificates, readiness.gate("certificates"));
-        let config = Config { storage_class, minimum_grace_s: minimum_grace_seconds };
         let (cluster, caches) = Cluster::new(client, config, readiness.gate("caches"));
         let app = App::new(cluster, Metrics::register(&mut registry));
 

@@ -1,21 +1,31 @@
-//! What the cluster knows: two small caches, and single look-ups for what is rarely needed.
+//! What the cluster knows: three small caches, and single look-ups for what is rarely needed.
 //!
-//! Cached are the metadata of protected StatefulSets, because a scale carries no labels and names only its parent, and
-//! the StorageClasses. Claims and volumes are looked up one by one, for the few StatefulSets that name them directly:
-//! caching them would hold every volume of the cluster in memory.
+//! Cached are the protected StatefulSets, because scales, pods, claims and the like say at most which one they belong to:
+//! of each only its metadata, the labels of its pods and the names of its claims; the StorageClasses; and the few backups
+//! that hold their database at the moment. Everything else is looked up one by one, for the few requests that need it:
+//! caching pods, claims or volumes would hold all of the cluster in memory.
 
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use howdah_adapters::kubernetes::{KubernetesError, call_within};
 use howdah_adapters::telemetry::Gate;
 use howdah_core::names;
-use howdah_core::policy::{Claim, ClusterFacts, Config, Request, StorageClass, Target, Volume, needed};
-use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
+use howdah_core::policy::parents::{belongs_to, is_pod_of, named_by};
+use howdah_core::policy::{
+    Claim, ClusterFacts, Config, HoldingBackup, Operation, Request, StorageClass, Target, Volume,
+    is_protected, needed,
+};
+use k8s_openapi::api::apps::v1::{StatefulSet, StatefulSetSpec};
+use k8s_openapi::api::core::v1::{
+    Namespace, PersistentVolume, PersistentVolumeClaim, Pod, PodSpec, PodTemplateSpec,
+};
 use k8s_openapi::api::storage::v1;
-use kube::api::ListParams;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::api::{ApiResource, DynamicObject, GroupVersionKind, ListParams};
 use kube::core::PartialObjectMeta;
-use kube::runtime::reflector::{self, ObjectRef, Store};
+use kube::runtime::reflector::{self, Store};
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, ResourceExt as _};
 use serde::Serialize;
@@ -31,16 +41,20 @@ const LOOKUP_TIMEOUT: Duration = Duration::from_secs(1);
 const VOLUMES_PER_PAGE: u32 = 500;
 /// Pages read at most; a cluster with more volumes has to name the volume in the claim template.
 const VOLUME_PAGES_MAX: usize = 20;
+/// Holds a copy of the whole object, which nothing here reads.
+const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 
-type Protected = PartialObjectMeta<StatefulSet>;
+/// The backups that hold their database, by namespace and name.
+type HoldingBackups = Arc<RwLock<BTreeMap<(String, String), HoldingBackup>>>;
 
 /// Answers questions about the cluster.
 #[derive(Clone)]
 pub struct Cluster {
     client: Client,
     config: Config,
-    protected: Store<Protected>,
+    protected: Store<StatefulSet>,
     classes: Store<v1::StorageClass>,
+    backups: HoldingBackups,
 }
 
 /// Keeps the caches of a [`Cluster`].
@@ -48,7 +62,7 @@ pub struct Caches {
     client: Client,
     synced: Gate,
     cluster: Cluster,
-    protected: reflector::store::Writer<Protected>,
+    protected: reflector::store::Writer<StatefulSet>,
     classes: reflector::store::Writer<v1::StorageClass>,
 }
 
@@ -57,7 +71,7 @@ pub struct Caches {
 pub struct Gathered {
     /// What is known.
     pub facts: ClusterFacts,
-    /// Where the parent of a scale was found; `None` for other requests.
+    /// Where the StatefulSet that the request is about was looked up; `None` where no look-up was needed.
     pub lookup: Option<Lookup>,
 }
 
@@ -67,7 +81,8 @@ impl Cluster {
     pub fn new(client: Client, config: Config, synced: Gate) -> (Self, Caches) {
         let (protected, protected_writer) = reflector::store();
         let (classes, classes_writer) = reflector::store();
-        let cluster = Self { client: client.clone(), config, protected, classes };
+        let cluster =
+            Self { client: client.clone(), config, protected, classes, backups: HoldingBackups::default() };
         let caches = Caches {
             client,
             synced,
@@ -90,11 +105,34 @@ impl Cluster {
     /// If a claim or a volume that is needed cannot be looked up. An unknown parent is no error: see [`Self::parent`].
     pub async fn facts(&self, request: &Request<'_>) -> Result<Gathered, KubernetesError> {
         let mut facts = self.configured();
-        if request.target == Target::Scale {
-            let (parent, lookup) = self.parent(request).await;
-            facts.parent = parent;
-            return Ok(Gathered { facts, lookup: Some(lookup) });
+        let mut lookup = None;
+        if request.target == Target::StatefulSet {
+            if request.operation != Operation::Delete {
+                self.follow_claims(request, &mut facts).await?;
+            }
+            facts.backups = self.backups_of(request.namespace, request.name);
+            return Ok(Gathered { facts, lookup });
         }
+        (facts.parent, lookup) = self.parent(request).await;
+        if request.target == Target::Eviction && facts.parent.is_some() {
+            self.follow_pod(request, &mut facts).await;
+        }
+        if let Some(name) = facts.parent.as_ref().and_then(|parent| parent["metadata"]["name"].as_str()) {
+            facts.backups = self.backups_of(request.namespace, name);
+        }
+        let is_ours = facts.parent.is_some() || request.old_object.is_some_and(is_protected);
+        if is_ours && matches!(request.target, Target::Pod | Target::Eviction | Target::Claim) {
+            facts.namespace_terminating = self.is_terminating(request.namespace).await;
+        }
+        Ok(Gathered { facts, lookup })
+    }
+
+    /// Follows the claims of a StatefulSet to what stands behind them.
+    async fn follow_claims(
+        &self,
+        request: &Request<'_>,
+        facts: &mut ClusterFacts,
+    ) -> Result<(), KubernetesError> {
         for class in self.classes.state() {
             facts.storage_classes.insert(class.name_any(), StorageClass::from_json(&raw(class.as_ref())));
         }
@@ -138,33 +176,86 @@ impl Cluster {
                 }
             }
         }
-        Ok(Gathered { facts, lookup: None })
+        Ok(())
     }
 
-    /// The StatefulSet behind a scale, by uid: the cache knows every protected one, and the API server is asked about the
-    /// others, because one may have become protected a moment ago. If it does not answer, the cache has the last word:
-    /// refusing would let the webhook stand in the way of StatefulSets that have nothing to do with howdah.
-    async fn parent(&self, request: &Request<'_>) -> (Option<Value>, Lookup) {
-        let uid = request.object.and_then(|scale| scale["metadata"]["uid"].as_str());
-        let key = ObjectRef::new(request.name).within(request.namespace);
-        if let Some(parent) = self.protected.get(&key).filter(|parent| parent.metadata.uid.as_deref() == uid)
-        {
-            return (Some(raw(parent.as_ref())), Lookup::Cache);
-        }
-        let sets = Api::<Protected>::namespaced(self.client.clone(), request.namespace);
-        let attempt = format!("look up the StatefulSet {}/{}", request.namespace, request.name);
-        match call_within(LOOKUP_TIMEOUT, attempt, sets.get_opt(request.name)).await {
-            Ok(parent) => (parent.map(|parent| raw(&parent)), Lookup::ApiServer),
+    /// The protected StatefulSet that the request is about.
+    ///
+    /// Where the answer may decide over a second writer or the data (a scale-up, a force delete, a claim) it is read
+    /// anew: the cache may be a moment behind, and the gate of a restore is closed in such a moment. If the API server
+    /// does not answer, the cache has the last word: to refuse would let the webhook stand in the way of what has nothing
+    /// to do with howdah. What is only advised about or asked again is answered from the cache.
+    async fn parent(&self, request: &Request<'_>) -> (Option<Value>, Option<Lookup>) {
+        let here = self
+            .protected
+            .state()
+            .into_iter()
+            .filter(|set| set.metadata.namespace.as_deref() == Some(request.namespace));
+        let cached = here.map(|set| raw(set.as_ref())).find(|set| belongs_to(request, set));
+        let name =
+            cached.as_ref().and_then(|set| set["metadata"]["name"].as_str()).or_else(|| named_by(request));
+        let Some(name) =
+            name.filter(|_| matches!(request.target, Target::Scale | Target::Pod | Target::Claim))
+        else {
+            return (cached, None);
+        };
+        let sets = Api::<StatefulSet>::namespaced(self.client.clone(), request.namespace);
+        let attempt = format!("look up the StatefulSet {}/{name}", request.namespace);
+        match call_within(LOOKUP_TIMEOUT, attempt, sets.get_opt(name)).await {
+            Ok(set) => {
+                let set = set.map(|set| raw(&set)).filter(|set| belongs_to(request, set));
+                (set, Some(Lookup::ApiServer))
+            }
             Err(error) => {
-                warn!(%error, "letting a scale pass whose StatefulSet is not among the protected ones known");
-                (None, Lookup::Failed)
+                let lookup = if cached.is_some() { Lookup::Cache } else { Lookup::Failed };
+                warn!(%error, known = cached.is_some(), "answering by what is known of a StatefulSet");
+                (cached, Some(lookup))
             }
         }
+    }
+
+    /// Reads the pod of an eviction, which only names it. One that cannot be read is taken for the running pod of the
+    /// StatefulSet whose name it bears.
+    async fn follow_pod(&self, request: &Request<'_>, facts: &mut ClusterFacts) {
+        let pods = Api::<Pod>::namespaced(self.client.clone(), request.namespace);
+        let attempt = format!("look up the pod {}/{}", request.namespace, request.name);
+        match call_within(LOOKUP_TIMEOUT, attempt, pods.get_opt(request.name)).await {
+            Ok(pod) => {
+                let pod = pod.map(|pod| raw(&pod));
+                facts.parent =
+                    facts.parent.take().filter(|set| pod.as_ref().is_some_and(|pod| is_pod_of(pod, set)));
+                facts.pod = pod;
+            }
+            Err(error) => warn!(%error, "judging an eviction by the name of its pod"),
+        }
+    }
+
+    /// Whether a namespace is being deleted; one that cannot be read is not.
+    async fn is_terminating(&self, namespace: &str) -> bool {
+        let namespaces = Api::<PartialObjectMeta<Namespace>>::all(self.client.clone());
+        let attempt = format!("look up the namespace {namespace}");
+        match call_within(LOOKUP_TIMEOUT, attempt, namespaces.get_opt(namespace)).await {
+            Ok(found) => found.is_some_and(|found| found.metadata.deletion_timestamp.is_some()),
+            Err(error) => {
+                warn!(%error, "taking a namespace for one that stays");
+                false
+            }
+        }
+    }
+
+    /// The backups of a StatefulSet that held it when last seen.
+    fn backups_of(&self, namespace: &str, stateful_set: &str) -> Vec<HoldingBackup> {
+        let backups = self.backups.read().unwrap_or_else(PoisonError::into_inner);
+        let of_set = backups
+            .iter()
+            .filter(|((space, _), backup)| space == namespace && backup.stateful_set == stateful_set);
+        of_set.map(|(_, backup)| backup.clone()).collect()
     }
 }
 
 impl Caches {
-    /// Keeps the caches until the shutdown.
+    /// Keeps the caches until the shutdown. The backups are not waited for: without them, and in a cluster that has no
+    /// such kind yet, everything but the delay of an eviction works.
     ///
     /// # Errors
     /// Only if a watch ends, which it never does by itself.
@@ -172,15 +263,19 @@ impl Caches {
         let Self { client, synced, cluster, protected, classes } = self;
         let label = format!("{}={}", names::PROTECT_LABEL, names::PROTECT_VALUE);
         let labelled = watcher::Config::default().labels(&label);
-        let sets = watcher(Api::<Protected>::all(client.clone()), labelled).default_backoff();
-        let sets = reflector::reflector(protected, sets.modify(|set| set.managed_fields_mut().clear()));
+        let sets = watcher(Api::<StatefulSet>::all(client.clone()), labelled).default_backoff();
+        let sets = reflector::reflector(protected, sets.modify(keep_what_is_read));
         let all = watcher::Config::default();
-        let list = watcher(Api::<v1::StorageClass>::all(client), all).default_backoff();
+        let list = watcher(Api::<v1::StorageClass>::all(client.clone()), all.clone()).default_backoff();
         let list = reflector::reflector(classes, list.modify(|class| class.managed_fields_mut().clear()));
+        let kind = GroupVersionKind::gvk(names::GROUP, names::VERSION, "PostgresBackup");
+        let backups = Api::<DynamicObject>::all_with(client, &ApiResource::from_gvk(&kind));
+        let backups = watcher(backups, all).default_backoff();
         tokio::select! {
             () = shutdown.cancelled() => Ok(()),
-            ended = drain(sets) => Err(ended.context("watch the protected StatefulSets")),
-            ended = drain(list) => Err(ended.context("watch the StorageClasses")),
+            ended = drain(sets, |_| ()) => Err(ended.context("watch the protected StatefulSets")),
+            ended = drain(list, |_| ()) => Err(ended.context("watch the StorageClasses")),
+            ended = drain(backups, keep_holding(cluster.backups.clone())) => Err(ended.context("watch the PostgresBackups")),
             () = async {
                 let ready = tokio::join!(cluster.protected.wait_until_ready(), cluster.classes.wait_until_ready());
                 if ready.0.is_ok() && ready.1.is_ok() {
@@ -192,16 +287,70 @@ impl Caches {
     }
 }
 
-/// Reads a watch for its effect on the cache; failures are logged once per outage, and the watch opens again by itself.
-async fn drain<K>(stream: impl futures::Stream<Item = watcher::Result<watcher::Event<K>>>) -> anyhow::Error {
+/// Drops what nothing here reads, so that ten thousand databases take a few megabytes.
+fn keep_what_is_read(set: &mut StatefulSet) {
+    set.metadata.managed_fields = None;
+    set.annotations_mut().remove(LAST_APPLIED);
+    set.status = None;
+    let Some(spec) = set.spec.take() else { return };
+    let named = |mut claim: PersistentVolumeClaim| {
+        claim.spec = None;
+        claim.status = None;
+        claim
+    };
+    let volumes = spec.template.spec.map(|pod| PodSpec {
+        volumes: pod
+            .volumes
+            .map(|volumes| volumes.into_iter().filter(|v| v.persistent_volume_claim.is_some()).collect()),
+        ..PodSpec::default()
+    });
+    let labels = spec.template.metadata.and_then(|metadata| metadata.labels);
+    set.spec = Some(StatefulSetSpec {
+        template: PodTemplateSpec {
+            metadata: Some(ObjectMeta { labels, ..ObjectMeta::default() }),
+            spec: volumes,
+        },
+        volume_claim_templates: spec
+            .volume_claim_templates
+            .map(|claims| claims.into_iter().map(named).collect()),
+        ..StatefulSetSpec::default()
+    });
+}
+
+/// Keeps the backups that hold their database, and forgets the many others at once.
+fn keep_holding(backups: HoldingBackups) -> impl FnMut(&watcher::Event<DynamicObject>) {
+    let mut listed = BTreeMap::new();
+    move |event| {
+        let key = |object: &DynamicObject| (object.namespace().unwrap_or_default(), object.name_any());
+        let mut known = backups.write().unwrap_or_else(PoisonError::into_inner);
+        match event {
+            watcher::Event::Init => listed.clear(),
+            watcher::Event::InitApply(object) => {
+                listed.extend(HoldingBackup::from_json(&raw(object)).map(|backup| (key(object), backup)));
+            }
+            watcher::Event::InitDone => *known = std::mem::take(&mut listed),
+            watcher::Event::Apply(object) => match HoldingBackup::from_json(&raw(object)) {
+                Some(backup) => drop(known.insert(key(object), backup)),
+                None => drop(known.remove(&key(object))),
+            },
+            watcher::Event::Delete(object) => drop(known.remove(&key(object))),
+        }
+    }
+}
+
+/// Reads a watch and hands on what it tells; failures are logged once per outage, and the watch opens again by itself.
+async fn drain<K>(
+    stream: impl futures::Stream<Item = watcher::Result<watcher::Event<K>>>,
+    mut told: impl FnMut(&watcher::Event<K>),
+) -> anyhow::Error {
     use futures::StreamExt as _;
     let mut stream = std::pin::pin!(stream);
     let mut failing = false;
     while let Some(event) = stream.next().await {
-        if let Err(error) = &event
-            && !failing
-        {
-            warn!(%error, "a watch is interrupted");
+        match &event {
+            Ok(event) => told(event),
+            Err(error) if !failing => warn!(%error, "a watch is interrupted"),
+            Err(_) => {}
         }
         failing = event.is_err();
     }

@@ -177,7 +177,7 @@ fn log(review: &Review, verdict: &Verdict, took: Duration) {
         debug!(patch.operations = operations, duration_ms, "allowed");
     } else {
         info!(
-            user = review.user,
+            user = review.user.name,
             allowed = verdict.allowed,
             denied = rules(Effect::Deny),
             warned = rules(Effect::Warn),

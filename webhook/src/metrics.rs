@@ -49,14 +49,14 @@ struct LookupLabel {
     source: &'static str,
 }
 
-/// Where the parent of a scale was found.
+/// Where the StatefulSet that something belongs to was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lookup {
-    /// In the cache of protected StatefulSets.
-    Cache,
-    /// At the API server: it is not protected, or was not a moment ago.
+    /// At the API server.
     ApiServer,
-    /// Nowhere, because the API server did not answer.
+    /// In the cache of protected StatefulSets, because the API server did not answer.
+    Cache,
+    /// Nowhere, because the API server did not answer and the cache does not know it.
     Failed,
 }
 
@@ -74,7 +74,7 @@ impl Metrics {
         registry.register("review_duration_seconds", "Time to answer a review", metrics.duration.clone());
         registry.register(
             "parent_lookups",
-            "Look-ups of the StatefulSet behind a scale",
+            "Look-ups of the StatefulSet that a request is about",
             metrics.lookups.clone(),
         );
         metrics
@@ -123,6 +123,7 @@ const fn operation_label(operation: Operation) -> &'static str {
     match operation {
         Operation::Create => "create",
         Operation::Update => "update",
+        Operation::Delete => "delete",
         Operation::Other => "other",
     }
 }

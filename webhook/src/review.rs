@@ -3,7 +3,7 @@
 //! Objects stay raw JSON: a typed round trip would drop the fields that this build does not know.
 
 use base64::Engine as _;
-use howdah_core::policy::{Operation, Request, Target, Verdict};
+use howdah_core::policy::{Operation, Request, Target, User, Verdict};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -11,6 +11,16 @@ use serde_json::{Value, json};
 const API_VERSION: &str = "admission.k8s.io/v1";
 /// What the API server calls a review.
 const KIND: &str = "AdmissionReview";
+/// Every resource that the webhook configurations send: API group, resource and sub-resource.
+const RESOURCES: [(Target, &str, &str, &str); 7] = [
+    (Target::StatefulSet, "apps", "statefulsets", ""),
+    (Target::Scale, "apps", "statefulsets", "scale"),
+    (Target::HorizontalPodAutoscaler, "autoscaling", "horizontalpodautoscalers", ""),
+    (Target::Pod, "", "pods", ""),
+    (Target::Eviction, "", "pods", "eviction"),
+    (Target::Claim, "", "persistentvolumeclaims", ""),
+    (Target::DisruptionBudget, "policy", "poddisruptionbudgets", ""),
+];
 
 /// A request to review.
 #[derive(Debug)]
@@ -26,7 +36,9 @@ pub struct Review {
     /// Name of the object, empty when it is generated on creation.
     pub name: String,
     /// Who asks.
-    pub user: String,
+    pub user: User,
+    /// The seconds that a deletion grants; `None` where the request leaves it to the object.
+    pub grace_s: Option<i64>,
     /// Whether nothing is going to be stored.
     pub dry_run: bool,
     /// The object as it is going to be.
@@ -46,6 +58,8 @@ impl Review {
             name: &self.name,
             object: self.object.as_ref(),
             old_object: self.old_object.as_ref(),
+            user: Some(&self.user),
+            grace_s: self.grace_s,
         }
     }
 }
@@ -77,6 +91,8 @@ struct WireRequest {
     #[serde(default)]
     dry_run: Option<bool>,
     #[serde(default)]
+    options: Option<WireOptions>,
+    #[serde(default)]
     object: Value,
     #[serde(default)]
     old_object: Value,
@@ -93,6 +109,16 @@ struct WireResource {
 struct WireUser {
     #[serde(default)]
     username: String,
+    #[serde(default)]
+    groups: Option<Vec<String>>,
+}
+
+/// The part of DeleteOptions that matters; the options of other operations have none of it.
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase")]
+struct WireOptions {
+    #[serde(default)]
+    grace_period_seconds: Option<i64>,
 }
 
 /// Reads a body.
@@ -125,24 +151,20 @@ pub fn decode(body: &[u8]) -> Result<Review, Malformed> {
         return Err(malformed("request.uid is absent; without it there is no answer".to_owned()));
     };
     debug_assert_eq!(uid, request.uid);
-    let target = match (
-        request.resource.group.as_str(),
-        request.resource.resource.as_str(),
-        request.sub_resource.as_str(),
-    ) {
-        ("apps", "statefulsets", "") => Target::StatefulSet,
-        ("apps", "statefulsets", "scale") => Target::Scale,
-        (group, resource, subresource) => {
-            let found = format!("{group}/{resource}/{subresource}");
-            return Err(malformed(format!(
-                "request.resource is {found}, wanted apps/statefulsets or its scale"
-            )));
-        }
+    let asked =
+        (request.resource.group.as_str(), request.resource.resource.as_str(), request.sub_resource.as_str());
+    let known = RESOURCES.iter().find(|(_, group, resource, sub)| (*group, *resource, *sub) == asked);
+    let Some((target, ..)) = known else {
+        let (group, resource, subresource) = asked;
+        return Err(malformed(format!(
+            "request.resource is {group}/{resource}/{subresource}, which howdah's webhook configurations do not send"
+        )));
     };
     let operation = match request.operation.as_str() {
         "CREATE" => Operation::Create,
         "UPDATE" => Operation::Update,
-        "DELETE" | "CONNECT" => Operation::Other,
+        "DELETE" => Operation::Delete,
+        "CONNECT" => Operation::Other,
         other => {
             return Err(malformed(format!(
                 "request.operation is {other:?}, wanted CREATE, UPDATE, DELETE or CONNECT"
@@ -160,16 +182,18 @@ pub fn decode(body: &[u8]) -> Result<Review, Malformed> {
     if needs_object && object.is_none() {
         return Err(malformed(format!("request.object is absent in an {}", request.operation)));
     }
-    if operation == Operation::Update && old_object.is_none() {
-        return Err(malformed("request.oldObject is absent in an UPDATE".to_owned()));
+    let needs_old = matches!(operation, Operation::Update | Operation::Delete);
+    if needs_old && old_object.is_none() {
+        return Err(malformed(format!("request.oldObject is absent in an {}", request.operation)));
     }
     Ok(Review {
         uid,
         operation,
-        target,
+        target: *target,
         namespace: request.namespace,
         name: request.name,
-        user: request.user_info.username,
+        user: User { name: request.user_info.username, groups: request.user_info.groups.unwrap_or_default() },
+        grace_s: request.options.and_then(|options| options.grace_period_seconds),
         dry_run: request.dry_run.unwrap_or(false),
         object,
         old_object,
@@ -186,10 +210,19 @@ pub fn answer(review: &Review, verdict: &Verdict) -> Value {
             .iter()
             .map(|cause| json!({"reason": cause.rule, "field": cause.field, "message": cause.message}))
             .collect();
-        let reason = if verdict.code == 422 { "Invalid" } else { "Forbidden" };
+        let reason = match verdict.code {
+            422 => "Invalid",
+            429 => "TooManyRequests",
+            _ => "Forbidden",
+        };
         response["status"] = status(verdict.code, reason, &verdict.message);
-        response["status"]["details"] =
-            json!({"group": "apps", "kind": "statefulsets", "name": review.name, "causes": causes});
+        let (_, group, kind, _) =
+            RESOURCES.iter().find(|known| known.0 == review.target).unwrap_or(&RESOURCES[0]);
+        let mut details = json!({"group": group, "kind": kind, "name": review.name, "causes": causes});
+        if let Some(seconds) = verdict.retry_after_s {
+            details["retryAfterSeconds"] = json!(seconds);
+        }
+        response["status"]["details"] = details;
     }
     if !verdict.warnings.is_empty() {
         response["warnings"] = json!(verdict.warnings);
@@ -272,7 +305,7 @@ mod tests {
     fn a_review_is_read_and_its_object_stays_raw() {
         let review = decode(&body(|_| ())).unwrap();
         assert_eq!(
-            (review.uid.as_str(), review.name.as_str(), review.user.as_str()),
+            (review.uid.as_str(), review.name.as_str(), review.user.name.as_str()),
             ("42", "orders", "eve")
         );
         assert_eq!(
@@ -282,6 +315,37 @@ mod tests {
         assert_eq!(review.object, Some(json!({"unknown": {"field": 1}})));
         let scale = decode(&body(|review| review["request"]["subResource"] = json!("scale"))).unwrap();
         assert_eq!(scale.target, Target::Scale);
+    }
+
+    #[test]
+    fn a_deletion_carries_who_asks_and_the_grace_it_gives() {
+        let deletion = |options: Value| {
+            let change = json!({"request": {
+                "resource": {"group": "", "resource": "pods"},
+                "operation": "DELETE", "name": "",
+                "userInfo": {"groups": ["system:nodes"]},
+                "object": null, "options": options,
+            }});
+            decode(&body(|review| merge(review, &change))).unwrap()
+        };
+        let review = deletion(json!({"kind": "DeleteOptions", "gracePeriodSeconds": 0}));
+        assert_eq!(
+            (review.target, review.operation, review.grace_s),
+            (Target::Pod, Operation::Delete, Some(0))
+        );
+        assert_eq!(review.user.groups, ["system:nodes"]);
+        assert_eq!(deletion(Value::Null).grace_s, None, "as deletecollection sends it");
+    }
+
+    #[test]
+    fn not_now_says_when() {
+        let review = decode(&body(|_| ())).unwrap();
+        let verdict = Verdict { code: 429, retry_after_s: Some(5), ..Verdict::default() };
+        let status = answer(&review, &verdict)["response"]["status"].take();
+        assert_eq!(
+            (&status["reason"], &status["details"]["retryAfterSeconds"]),
+            (&json!("TooManyRequests"), &json!(5))
+        );
     }
 
     #[test]
@@ -297,6 +361,8 @@ mod tests {
             (json!({"request": {"object": []}}), "request.object"),
             (json!({"request": {"object": null}}), "request.object"),
             (json!({"request": {"oldObject": null}}), "request.oldObject"),
+            (json!({"request": {"operation": "DELETE", "oldObject": null}}), "request.oldObject"),
+            (json!({"request": {"options": {"gracePeriodSeconds": "soon"}}}), "request cannot be read"),
             (json!({"request": {"dryRun": "yes"}}), "request cannot be read"),
         ] {
             let (uid, problem) = problem(|review| merge(review, &change));

@@ -57,6 +57,15 @@ impl Phase {
         matches!(self, Self::Taken)
     }
 
+    /// Whether the database has to stay as it is: it is in backup mode, or its snapshot is being taken.
+    #[must_use]
+    pub const fn holds_the_database(self) -> bool {
+        matches!(
+            self,
+            Self::StartingBackupMode | Self::Snapshotting | Self::Adopting | Self::StoppingBackupMode
+        )
+    }
+
     /// The word shown to users.
     #[must_use]
     pub const fn as_str(self) -> &'static str {

@@ -8,7 +8,7 @@
 //!
 //! **Fix.** Correct the value, or remove the annotation.
 
-use super::{Finding, Refusal, Rule, Subject, Target};
+use super::{Check, Finding, Refusal, Rule, Subject, Target};
 use crate::annotations::nearest;
 use crate::names;
 
@@ -20,7 +20,7 @@ pub const RULE: Rule = Rule {
     fix: "correct the value, or remove the annotation",
     targets: &[Target::StatefulSet],
     refusal: Refusal::Invalid,
-    check,
+    check: Check::State(check),
     filling: None,
 };
 
@@ -50,10 +50,10 @@ fn check(subject: &Subject<'_>) -> Vec<Finding> {
                 )
                 .fix(format!("use {}{nearest} or remove the annotation", names::EXEMPT_PREFIX)),
             );
-        } else if !exemption.holds_on(subject.today) {
+        } else if !exemption.holds_on(subject.today()) {
             let found = format!("an exemption until {}, which has passed", exemption.until);
             findings.push(
-                Finding::new(field, found, format!("{} or later", subject.today))
+                Finding::new(field, found, format!("{} or later", subject.today()))
                     .fix("fix the violation and remove the annotation, or decide on a later date"),
             );
         }
@@ -68,15 +68,13 @@ fn field(annotation: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::ClusterFacts;
+    use crate::policy::{ClusterFacts, testing};
     use serde_json::json;
 
     fn findings(protect: &str, key: &str, value: &str) -> Vec<Finding> {
         let object =
             json!({"metadata": {"labels": {"howdah.dev/protect": protect}, "annotations": {key: value}}});
-        let facts = ClusterFacts::default();
-        let today = jiff::civil::date(2026, 11, 22);
-        check(&Subject { object: &object, namespace: "shop", facts: &facts, today })
+        testing::findings(&RULE, &object, &ClusterFacts::default())
     }
 
     #[test]

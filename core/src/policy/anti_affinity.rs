@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use super::{ClusterFacts, Filling, Finding, Refusal, Rule, Subject, Target, json as raw};
+use super::{Check, ClusterFacts, Filling, Finding, Refusal, Rule, Subject, Target, json as raw, selector};
 use crate::names;
 
 /// The rule.
@@ -25,7 +25,7 @@ pub const RULE: Rule = Rule {
           and the same label to the pod template",
     targets: &[Target::StatefulSet],
     refusal: Refusal::Policy,
-    check,
+    check: Check::State(check),
     filling: Some(Filling {
         says: "a preferred term of weight 100 against all other protected pods, per host, where no term does that",
         fill,
@@ -118,28 +118,15 @@ fn mentions_label(term: &Value) -> bool {
             .any(|expression| raw::string(expression, &["key"]) == Some(names::PROTECT_LABEL))
 }
 
-/// Whether the selector of the term matches these labels. An absent selector matches nothing, an empty one everything.
+/// Whether the selector of the term matches these labels.
 fn selects(term: &Value, labels: &BTreeMap<String, String>) -> bool {
-    let Some(selector) = raw::at(term, &["labelSelector"]) else { return false };
-    let exact = raw::strings(selector, &["matchLabels"]);
-    exact.iter().all(|(key, value)| labels.get(key) == Some(value))
-        && raw::list(selector, &["matchExpressions"]).iter().all(|expression| {
-            let found = raw::string(expression, &["key"]).and_then(|key| labels.get(key));
-            let values = raw::list(expression, &["values"]);
-            let listed = found.is_some_and(|found| values.iter().any(|value| value.as_str() == Some(found)));
-            match raw::string(expression, &["operator"]) {
-                Some("In") => listed,
-                Some("NotIn") => !listed,
-                Some("Exists") => found.is_some(),
-                Some("DoesNotExist") => found.is_none(),
-                _ => false,
-            }
-        })
+    selector::selects(raw::at(term, &["labelSelector"]), labels)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::testing;
 
     fn object(labels: Value, anti_affinity: Value) -> Value {
         json!({"spec": {"template": {
@@ -149,9 +136,7 @@ mod tests {
     }
 
     fn fields(object: &Value) -> Vec<String> {
-        let facts = ClusterFacts::default();
-        let today = jiff::civil::date(2026, 11, 22);
-        let findings = check(&Subject { object, namespace: "shop", facts: &facts, today });
+        let findings = testing::findings(&RULE, object, &ClusterFacts::default());
         findings.into_iter().map(|finding| finding.field.replace(FIELD, "")).collect()
     }
 

@@ -19,7 +19,7 @@ const LEGACY_CLASS: &str = "volume.beta.kubernetes.io/storage-class";
 const DEFAULT_RECLAIM_POLICY: &str = "Delete";
 
 /// What howdah needs to know of a StorageClass.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StorageClass {
     /// Who makes the volumes.
     pub provisioner: String,
@@ -29,6 +29,8 @@ pub struct StorageClass {
     pub default: bool,
     /// When it was made, in the API server's notation, which sorts by time.
     pub created: String,
+    /// What it tells the provisioner.
+    pub parameters: BTreeMap<String, String>,
 }
 
 impl StorageClass {
@@ -46,29 +48,36 @@ impl StorageClass {
                 .iter()
                 .any(|key| annotations.get(*key).is_some_and(|value| value == "true")),
             created: text(&["metadata", "creationTimestamp"]),
+            parameters: json::strings(object, &["parameters"]),
         }
     }
 }
 
 /// What howdah needs to know of a PersistentVolumeClaim.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Claim {
     /// The class it names; `Some("")` asks for a volume that exists already.
     pub storage_class: Option<String>,
     /// The volume it is bound to.
     pub volume: Option<String>,
+    /// How it may be mounted.
+    pub access_modes: Vec<String>,
 }
 
 impl Claim {
     /// Reads a v1 PersistentVolumeClaim.
     #[must_use]
     pub fn from_json(object: &Value) -> Self {
-        Self { storage_class: class_named_by(object), volume: volume_named_by(object) }
+        Self {
+            storage_class: class_named_by(object),
+            volume: volume_named_by(object),
+            access_modes: access_modes_of(object),
+        }
     }
 }
 
 /// What howdah needs to know of a PersistentVolume.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Volume {
     /// The CSI driver; `None` for the kinds of volume that have none.
     pub driver: Option<String>,
@@ -76,6 +85,8 @@ pub struct Volume {
     pub reclaim_policy: String,
     /// Namespace and name of the claim it is bound to or reserved for.
     pub claim: Option<(String, String)>,
+    /// What the CSI driver is told about it: for one that was provisioned, the parameters of its class at that time.
+    pub attributes: BTreeMap<String, String>,
 }
 
 impl Volume {
@@ -90,6 +101,7 @@ impl Volume {
             reclaim_policy: text(&["spec", "persistentVolumeReclaimPolicy"])
                 .unwrap_or_else(|| "Retain".to_owned()),
             claim,
+            attributes: json::strings(object, &["spec", "csi", "volumeAttributes"]),
         }
     }
 }
@@ -109,12 +121,13 @@ pub struct Needed {
 #[must_use]
 pub fn needed(request: &Request<'_>) -> Needed {
     let mut needed = Needed::default();
-    let (Target::StatefulSet, Some(object)) = (request.target, request.object) else { return needed };
-    if !super::is_protected(object) {
+    let objects = [request.object, request.old_object];
+    let protected = objects.iter().flatten().any(|object| super::is_protected(object));
+    if request.target != Target::StatefulSet || request.object.is_none() || !protected {
         return needed;
     }
     // The old object is judged, too: its inline claims may be others.
-    for object in [Some(object), request.old_object].into_iter().flatten() {
+    for object in objects.into_iter().flatten() {
         for claim in data_claims(object) {
             match claim.template {
                 None => {
@@ -296,6 +309,11 @@ pub(super) fn class_named_by(claim: &Value) -> Option<String> {
     annotation.or_else(|| json::string(claim, &["spec", "storageClassName"])).map(str::to_owned)
 }
 
+fn access_modes_of(claim: &Value) -> Vec<String> {
+    let modes = json::list(claim, &["spec", "accessModes"]);
+    modes.iter().filter_map(|mode| mode.as_str().map(str::to_owned)).collect()
+}
+
 fn volume_named_by(claim: &Value) -> Option<String> {
     json::string(claim, &["spec", "volumeName"]).filter(|name| !name.is_empty()).map(str::to_owned)
 }
@@ -303,7 +321,6 @@ fn volume_named_by(claim: &Value) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::Operation;
     use serde_json::json;
 
     fn class(provisioner: &str, default: bool, created: &str) -> StorageClass {
@@ -312,6 +329,7 @@ mod tests {
             reclaim_policy: "Delete".to_owned(),
             default,
             created: created.to_owned(),
+            ..StorageClass::default()
         }
     }
 
@@ -370,14 +388,7 @@ mod tests {
                 ],
             },
         });
-        let request = |object| Request {
-            operation: Operation::Create,
-            target: Target::StatefulSet,
-            namespace: "shop",
-            name: "pg",
-            object: Some(object),
-            old_object: None,
-        };
+        let request = |object| Request::look("shop", "pg", object);
         let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
         assert_eq!(
             needed(&request(&object)),

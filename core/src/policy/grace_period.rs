@@ -11,7 +11,7 @@
 
 use serde_json::{Value, json};
 
-use super::{ClusterFacts, Filling, Finding, Refusal, Rule, Subject, Target, json as raw};
+use super::{Check, ClusterFacts, Filling, Finding, Refusal, Rule, Subject, Target, json as raw};
 
 /// The shortest grace period that passes unless the operator configures another; Kubernetes' own default.
 pub const MINIMUM_GRACE_S: i64 = 30;
@@ -33,7 +33,7 @@ pub const RULE: Rule = Rule {
     fix: "leave terminationGracePeriodSeconds out (howdah fills in 300), or raise it",
     targets: &[Target::StatefulSet],
     refusal: Refusal::Policy,
-    check,
+    check: Check::State(check),
     filling: Some(Filling {
         says: "300 s where it is absent or 30; the API server writes 30 where nothing is written, so a chosen 30 cannot be \
                told from that: choose 31, or exempt the rule",
@@ -114,12 +114,11 @@ fn pre_stop_sleep(container: &Value) -> Option<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::testing;
 
     fn fields(pod: Value) -> Vec<String> {
         let object = json!({"spec": {"template": {"spec": pod}}});
-        let facts = ClusterFacts::default();
-        let today = jiff::civil::date(2026, 11, 22);
-        let found = check(&Subject { object: &object, namespace: "shop", facts: &facts, today });
+        let found = testing::findings(&RULE, &object, &ClusterFacts::default());
         found.into_iter().map(|finding| finding.field.replace("spec.template.spec.", "")).collect()
     }
 

@@ -11,7 +11,7 @@
 use serde_json::{Value, json};
 
 use super::claims::{data_claims, resolve};
-use super::{ClusterFacts, Filling, Finding, Refusal, Rule, Subject, Target, json as raw};
+use super::{Check, ClusterFacts, Filling, Finding, Refusal, Rule, Subject, Target, json as raw};
 
 /// The rule.
 pub const RULE: Rule = Rule {
@@ -24,7 +24,7 @@ pub const RULE: Rule = Rule {
     fix: "set it to Retain, or leave it out",
     targets: &[Target::StatefulSet],
     refusal: Refusal::Policy,
-    check,
+    check: Check::State(check),
     filling: Some(Filling { says: "Retain for both, where absent", fill }),
 };
 
@@ -50,7 +50,7 @@ fn check(subject: &Subject<'_>) -> Vec<Finding> {
 /// The first claim whose data goes with it. What cannot be followed counts: the proof that it is safe is missing.
 fn reclaimed(subject: &Subject<'_>) -> Option<String> {
     data_claims(subject.object).iter().filter(|claim| claim.is_templated()).find_map(|claim| {
-        match resolve(claim, subject.namespace, subject.facts) {
+        match resolve(claim, subject.request.namespace, subject.facts) {
             Ok(backing) => backing.reclaimed.then(|| format!("{}, which deletes the image", backing.what)),
             Err(_) => Some(format!("claim {}, whose class is unknown", claim.name)),
         }
@@ -70,7 +70,7 @@ fn fill(object: &mut Value, _: &ClusterFacts) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::StorageClass;
+    use crate::policy::{StorageClass, testing};
 
     fn fields(scaled: &str, deleted: &str, class: &str) -> Vec<String> {
         let object = json!({"metadata": {"name": "pg"}, "spec": {
@@ -82,14 +82,14 @@ mod tests {
             reclaim_policy: reclaim_policy.to_owned(),
             default: false,
             created: String::new(),
+            ..StorageClass::default()
         };
         let facts = ClusterFacts {
             storage_classes: [("kept".to_owned(), class("Retain")), ("gone".to_owned(), class("Delete"))]
                 .into(),
             ..ClusterFacts::default()
         };
-        let today = jiff::civil::date(2026, 11, 22);
-        let findings = check(&Subject { object: &object, namespace: "shop", facts: &facts, today });
+        let findings = testing::findings(&RULE, &object, &facts);
         findings
             .into_iter()
             .map(|finding| finding.field.replace("spec.persistentVolumeClaimRetentionPolicy.", ""))

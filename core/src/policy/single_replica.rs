@@ -8,7 +8,7 @@
 //!
 //! **Fix.** Set replicas to 1 (or 0 to stop the database).
 
-use super::{Finding, Refusal, Rule, Subject, Target, json};
+use super::{Check, Finding, Refusal, Rule, Subject, Target, json};
 
 /// The rule.
 pub const RULE: Rule = Rule {
@@ -18,7 +18,7 @@ pub const RULE: Rule = Rule {
     fix: "set replicas to 1, or to 0 to stop the database",
     targets: &[Target::StatefulSet, Target::Scale],
     refusal: Refusal::Policy,
-    check,
+    check: Check::State(check),
     filling: None,
 };
 
@@ -33,12 +33,11 @@ fn check(subject: &Subject<'_>) -> Vec<Finding> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::ClusterFacts;
+    use crate::policy::{ClusterFacts, testing};
     use serde_json::json;
 
     #[test]
     fn at_most_one_replica_passes() {
-        let facts = ClusterFacts::default();
         for (spec, findings) in [
             (json!({}), 0),
             (json!({"replicas": null}), 0),
@@ -48,8 +47,7 @@ mod tests {
             (json!({"replicas": i64::MAX}), 1),
         ] {
             let object = json!({"spec": spec});
-            let today = jiff::civil::date(2026, 11, 22);
-            let found = check(&Subject { object: &object, namespace: "shop", facts: &facts, today });
+            let found = testing::findings(&RULE, &object, &ClusterFacts::default());
             assert_eq!(found.len(), findings, "{object}");
         }
     }

@@ -11,7 +11,7 @@
 use serde_json::{Value, json};
 
 use super::claims::{class_named_by, data_claims, resolve};
-use super::{ClusterFacts, Filling, Finding, Refusal, Rule, Subject, Target, json as raw};
+use super::{Check, ClusterFacts, Filling, Finding, Refusal, Rule, Subject, Target, json as raw};
 use crate::volume::is_rbd_driver;
 
 /// The rule.
@@ -25,7 +25,7 @@ pub const RULE: Rule = Rule {
     fix: "name a storage class of Ceph RBD, such as Rook's rook-ceph-block",
     targets: &[Target::StatefulSet],
     refusal: Refusal::Policy,
-    check,
+    check: Check::State(check),
     filling: Some(Filling {
         says: "the class that howdah is configured with, in claim templates that name none",
         fill,
@@ -37,7 +37,7 @@ const WANTED: &str = "a class of Ceph RBD (provisioner rbd.csi.ceph.com or *.rbd
 fn check(subject: &Subject<'_>) -> Vec<Finding> {
     let mut findings = Vec::new();
     for claim in data_claims(subject.object) {
-        match resolve(&claim, subject.namespace, subject.facts) {
+        match resolve(&claim, subject.request.namespace, subject.facts) {
             Ok(backing) if is_rbd_driver(&backing.provisioner) => {}
             Ok(backing) => {
                 let found = format!("{} of {}", backing.what, backing.provisioner);
@@ -65,7 +65,7 @@ fn fill(object: &mut Value, facts: &ClusterFacts) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::{Claim, StorageClass, Volume};
+    use crate::policy::{Claim, StorageClass, Volume, testing};
 
     fn facts() -> ClusterFacts {
         let class = |provisioner: &str, default: bool, created: &str| StorageClass {
@@ -73,15 +73,18 @@ mod tests {
             reclaim_policy: "Delete".to_owned(),
             default,
             created: created.to_owned(),
+            ..StorageClass::default()
         };
         let volume = |driver: Option<&str>, claim: Option<(&str, &str)>| Volume {
             driver: driver.map(str::to_owned),
             reclaim_policy: "Retain".to_owned(),
             claim: claim.map(|(space, name)| (space.to_owned(), name.to_owned())),
+            ..Volume::default()
         };
         let claim = |storage_class: Option<&str>, volume: Option<&str>| Claim {
             storage_class: storage_class.map(str::to_owned),
             volume: volume.map(str::to_owned),
+            ..Claim::default()
         };
         ClusterFacts {
             storage_classes: [
@@ -109,8 +112,7 @@ mod tests {
 
     fn found(spec: Value, facts: &ClusterFacts) -> Vec<String> {
         let object = json!({"metadata": {"name": "pg"}, "spec": spec});
-        let today = jiff::civil::date(2026, 11, 22);
-        let findings = check(&Subject { object: &object, namespace: "shop", facts, today });
+        let findings = testing::findings(&RULE, &object, facts);
         findings.into_iter().map(|finding| finding.found).collect()
     }
 
