@@ -9,7 +9,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::registry::Registry;
+use prometheus_client::registry::{Metric, Registry};
 
 /// Upper bounds in seconds: a quiet backup takes about two, one that retries until its deadline half an hour.
 const DURATION_BUCKETS: [f64; 9] = [1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 1800.0];
@@ -48,56 +48,50 @@ pub struct Metrics {
 impl Metrics {
     /// Registers everything in `registry`.
     pub fn new(registry: &mut Registry) -> Self {
-        let metrics = Self {
-            backups: Family::default(),
-            duration: Histogram::new(DURATION_BUCKETS),
-            last_end: Family::default(),
-            stalest_success: Gauge::default(),
-            without_backup: Gauge::default(),
-            open: Gauge::default(),
-            leading: Gauge::default(),
-            ticks: Counter::default(),
-            pruned: Counter::default(),
-            missed: Counter::default(),
-            unreadable: Gauge::default(),
-        };
         let registry = registry.sub_registry_with_prefix("scheduler");
-        registry.register("backups", "Backups that ended", metrics.backups.clone());
-        registry.register(
-            "backup_duration_seconds",
-            "Time from the first attempt to the end of a backup",
-            metrics.duration.clone(),
-        );
-        registry.register(
-            "last_backup_end_timestamp_seconds",
-            "When the last backup with this outcome ended, since this replica leads",
-            metrics.last_end.clone(),
-        );
-        registry.register(
-            "stalest_success_age_seconds",
-            "Age of the newest good backup of the scheduled database that has waited longest",
-            metrics.stalest_success.clone(),
-        );
-        registry.register(
-            "databases_without_backup",
-            "Scheduled databases without any good backup",
-            metrics.without_backup.clone(),
-        );
-        registry.register("backups_open", "Backups under way", metrics.open.clone());
-        registry.register("leading", "1 while this replica leads", metrics.leading.clone());
-        registry.register("ticks", "Looks at the schedules", metrics.ticks.clone());
-        registry.register("snapshots_pruned", "Snapshots deleted by retention", metrics.pruned.clone());
-        registry.register(
-            "slots_missed",
-            "Slots that were missed by more than the catch-up deadline",
-            metrics.missed.clone(),
-        );
-        registry.register(
-            "databases_unreadable",
-            "Protected databases whose annotations do not parse",
-            metrics.unreadable.clone(),
-        );
-        metrics
+        Self {
+            backups: added(registry, "backups", "Backups that ended", Family::default()),
+            duration: added(
+                registry,
+                "backup_duration_seconds",
+                "Time from the first attempt to the end of a backup",
+                Histogram::new(DURATION_BUCKETS),
+            ),
+            last_end: added(
+                registry,
+                "last_backup_end_timestamp_seconds",
+                "When the last backup with this outcome ended, since this replica leads",
+                Family::default(),
+            ),
+            stalest_success: added(
+                registry,
+                "stalest_success_age_seconds",
+                "Age of the newest good backup of the scheduled database that has waited longest",
+                Gauge::default(),
+            ),
+            without_backup: added(
+                registry,
+                "databases_without_backup",
+                "Scheduled databases without any good backup",
+                Gauge::default(),
+            ),
+            open: added(registry, "backups_open", "Backups under way", Gauge::default()),
+            leading: added(registry, "leading", "1 while this replica leads", Gauge::default()),
+            ticks: added(registry, "ticks", "Looks at the schedules", Counter::default()),
+            pruned: added(registry, "snapshots_pruned", "Snapshots deleted by retention", Counter::default()),
+            missed: added(
+                registry,
+                "slots_missed",
+                "Slots that were missed by more than the catch-up deadline",
+                Counter::default(),
+            ),
+            unreadable: added(
+                registry,
+                "databases_unreadable",
+                "Protected databases whose annotations do not parse",
+                Gauge::default(),
+            ),
+        }
     }
 
     /// Counts a backup that ended.
@@ -115,4 +109,10 @@ impl Metrics {
         self.duration.observe(end.duration_since(start).as_secs_f64());
         self.last_end.get_or_create(&outcome).set(end.as_second() as f64);
     }
+}
+
+/// The metric, after adding it to the registry, which shares its value.
+fn added<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
+    registry.register(name, help, metric.clone());
+    metric
 }

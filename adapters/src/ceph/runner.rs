@@ -131,15 +131,34 @@ impl Runner {
         limit: Duration,
         attempt: &str,
     ) -> Result<Answer, CephError> {
+        let call = Call { program, arguments, limit, attempt };
         let answer = match self {
-            Self::Local(local) => local.run(program, arguments, limit, attempt).await?,
-            Self::Toolbox(toolbox) => toolbox.run(program, arguments, limit, attempt).await?,
+            Self::Local(local) => local.run(&call).await?,
+            Self::Toolbox(toolbox) => toolbox.run(&call).await?,
         };
         if answer.stdout.len() >= STDOUT_BYTES_MAX {
-            let detail = format!("its answer is longer than {STDOUT_BYTES_MAX} bytes");
-            return Err(CephError::Other { attempt: attempt.to_owned(), detail });
+            return Err(call.failed(format!("its answer is longer than {STDOUT_BYTES_MAX} bytes")));
         }
         Ok(answer)
+    }
+}
+
+/// One run of a command.
+struct Call<'a> {
+    program: &'a str,
+    arguments: &'a [&'a str],
+    limit: Duration,
+    /// What it is for, as a verb phrase.
+    attempt: &'a str,
+}
+
+impl Call<'_> {
+    fn failed(&self, detail: String) -> CephError {
+        CephError::Other { attempt: self.attempt.to_owned(), detail }
+    }
+
+    fn timed_out(&self) -> CephError {
+        CephError::TimedOut { attempt: self.attempt.to_owned(), seconds: self.limit.as_secs() }
     }
 }
 
@@ -183,26 +202,22 @@ impl LocalRunner {
         Ok(Self { access, folder: Arc::new(folder) })
     }
 
-    async fn run(
-        &self,
-        program: &str,
-        arguments: &[&str],
-        limit: Duration,
-        attempt: &str,
-    ) -> Result<Answer, CephError> {
-        let other = |detail: String| CephError::Other { attempt: attempt.to_owned(), detail };
+    async fn run(&self, call: &Call<'_>) -> Result<Answer, CephError> {
+        let program = call.program;
         let mut command = Command::new(program);
         command.arg("--conf").arg(self.folder.path().join("ceph.conf")).args(["--id", &self.access.id]);
-        command.args(arguments).env_clear().env("LC_ALL", "C.UTF-8").env("TZ", "UTC");
+        command.args(call.arguments).env_clear().env("LC_ALL", "C.UTF-8").env("TZ", "UTC");
         if let Some(path) = std::env::var_os("PATH") {
             command.env("PATH", path);
         }
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().map_err(|cause| {
-            other(format!("start the command {program}: {cause}; is the package ceph-common in the image?"))
+            call.failed(format!(
+                "start the command {program}: {cause}; is the package ceph-common in the image?"
+            ))
         })?;
         let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
-            return Err(other("the command has no output".to_owned()));
+            return Err(call.failed("the command has no output".to_owned()));
         };
         let work = async {
             let (stdout, stderr, status) = tokio::join!(
@@ -212,15 +227,16 @@ impl LocalRunner {
             );
             Ok::<_, std::io::Error>((stdout?, stderr?, status?))
         };
-        let ended = tokio::time::timeout(limit, work).await;
+        let ended = tokio::time::timeout(call.limit, work).await;
         let Ok(ended) = ended else {
             // Wait for its end, too: it must not take effect after we said that it did not answer.
             let _ = child.kill().await;
-            return Err(CephError::TimedOut { attempt: attempt.to_owned(), seconds: limit.as_secs() });
+            return Err(call.timed_out());
         };
-        let (stdout, stderr, status) = ended.map_err(|cause| other(format!("read its answer: {cause}")))?;
+        let (stdout, stderr, status) =
+            ended.map_err(|cause| call.failed(format!("read its answer: {cause}")))?;
         let Some(exit_code) = status.code() else {
-            return Err(other(format!("the command {program} ended by a signal: {status}")));
+            return Err(call.failed(format!("the command {program} ended by a signal: {status}")));
         };
         Ok(Answer { exit_code, stdout, stderr })
     }
@@ -246,23 +262,18 @@ impl ToolboxRunner {
         Self { access, kubernetes, namespace: namespace.to_owned() }
     }
 
-    async fn run(
-        &self,
-        program: &str,
-        arguments: &[&str],
-        limit: Duration,
-        attempt: &str,
-    ) -> Result<Answer, CephError> {
+    async fn run(&self, call: &Call<'_>) -> Result<Answer, CephError> {
         let failed = |cause: KubernetesError| match cause {
             KubernetesError::TimedOut { seconds, .. } => {
-                CephError::TimedOut { attempt: attempt.to_owned(), seconds }
+                CephError::TimedOut { attempt: call.attempt.to_owned(), seconds }
             }
-            cause => CephError::Other { attempt: attempt.to_owned(), detail: cause.to_string() },
+            cause => call.failed(cause.to_string()),
         };
         let pod = self.kubernetes.ready_pod(&self.namespace, TOOLBOX_LABELS).await.map_err(failed)?;
-        let seconds = limit.as_secs().to_string();
-        let fixed = ["sh", "-c", TOOLBOX_SCRIPT, "howdah", &self.access.id, &seconds, program];
-        let argv: Vec<String> = fixed.iter().chain(arguments).map(|&argument| argument.to_owned()).collect();
+        let seconds = call.limit.as_secs().to_string();
+        let fixed = ["sh", "-c", TOOLBOX_SCRIPT, "howdah", &self.access.id, &seconds, call.program];
+        let argv = fixed.iter().chain(call.arguments).map(|&argument| argument.to_owned());
+        let argv: Vec<String> = argv.collect();
         let key_line = format!("{}\n", self.access.key);
         let command = PodCommand {
             namespace: &self.namespace,
@@ -271,11 +282,11 @@ impl ToolboxRunner {
             argv: &argv,
             stdin: key_line.as_bytes(),
             output_bytes_max: STDOUT_BYTES_MAX,
-            limit: limit + EXEC_OVERHEAD,
+            limit: call.limit + EXEC_OVERHEAD,
         };
         let output = self.kubernetes.exec(&command).await.map_err(failed)?;
         if output.exit_code == TIMEOUT_EXIT_CODE {
-            return Err(CephError::TimedOut { attempt: attempt.to_owned(), seconds: limit.as_secs() });
+            return Err(call.timed_out());
         }
         Ok(Answer { exit_code: output.exit_code, stdout: output.stdout, stderr: output.stderr })
     }

@@ -4,15 +4,8 @@
 #![expect(clippy::expect_used, reason = "a test says what is wrong by failing")]
 
 use std::fs;
-use std::path::{Path, PathBuf};
 
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .ancestors()
-        .nth(2)
-        .expect("tests/tidy has two parents")
-        .to_path_buf()
-}
+use howdah_tidy::root;
 
 /// Compares the committed file with what the code says it must be, or writes it where the writer asked for that.
 fn committed_equals(path: &str, wanted: &str) {
