@@ -10,18 +10,17 @@ use axum_server::tls_rustls::RustlsConfig;
 use clap::Parser;
 use howdah_adapters::telemetry::{Diagnostics, LogFormat, Readiness};
 use howdah_adapters::{kubernetes, shutdown, telemetry};
-use howdah_certs::{Keeper, Lifetimes};
+use howdah_certs::{ClientAuthority, Keeper, Lifetimes};
 use howdah_core::names;
 use howdah_core::policy::Config;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
+use crate::connections::{self, Limits};
 use crate::facts::Cluster;
 use crate::http::{self, App};
 use crate::metrics::Metrics;
 
-/// A connection that sends no request for this long after its handshake is closed.
-const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// What tasks may take after the server has drained; they only have to notice.
 const JOIN: Duration = Duration::from_secs(5);
 
@@ -68,6 +67,9 @@ pub struct Args {
     /// How long API servers may take to notice a new caBundle.
     #[arg(long, env = "HOWDAH_SETTLE_SECONDS", default_value_t = Lifetimes::default().settle.as_secs())]
     pub settle_seconds: u64,
+    /// A PEM file with the authorities of the clients that may connect; without it anyone may. Read again when it changes.
+    #[arg(long, env = "HOWDAH_CLIENT_CA")]
+    pub client_ca: Option<PathBuf>,
     /// How long to serve on after SIGTERM, until no API server sends new requests.
     #[arg(long, env = "HOWDAH_PROPAGATION_SECONDS", default_value_t = 10)]
     pub propagation_seconds: u64,
@@ -105,6 +107,7 @@ impl Args {
             ca_lifetime_seconds,
             certificate_lifetime_seconds,
             settle_seconds,
+            client_ca,
             propagation_seconds,
             drain_seconds,
             kubeconfig,
@@ -142,15 +145,17 @@ impl Args {
 
         let serving = readiness.gate("serving");
         let diagnostics = Diagnostics::bind(diagnostics, registry, readiness).await?;
-        let tls = RustlsConfig::from_config(Arc::new(keeper.serving().server_config()?));
+        let clients = client_ca.map(ClientAuthority::read).transpose()?;
+        let certificate = keeper.serving();
+        let verifier = clients.as_ref().map(ClientAuthority::verifier);
+        let tls = RustlsConfig::from_config(Arc::new(certificate.server_config(verifier)?));
         let listener = TcpListener::bind(listen).with_context(|| format!("bind the webhook to {listen}"))?;
-        listener.set_nonblocking(true).context("make the listener asynchronous")?;
-        let server = axum_server::from_tcp_rustls(listener, tls)
-            .context("listen for reviews")?
-            .first_request_timeout(FIRST_REQUEST_TIMEOUT)
-            .http1_only();
         let handle = axum_server::Handle::new();
-        let server = server.handle(handle.clone()).serve(http::router(app.clone()).into_make_service());
+        let server = connections::server(listener, tls.clone(), &Limits::default())
+            .context("listen for reviews")?
+            .accept_error_handler(connections::report_failures(clients.is_some()))
+            .handle(handle.clone())
+            .serve(http::router(app.clone()).into_make_service());
         serving.open();
         info!(%listen, "answering reviews");
 
@@ -160,6 +165,15 @@ impl Args {
         tasks.spawn("caches", caches.run(signal.clone()));
         tasks.spawn("certificates", keeper.run(signal.clone()));
         tasks.spawn("diagnostics", diagnostics.serve(drained.clone()));
+        if let Some(clients) = clients {
+            tasks.spawn(
+                "client authority",
+                clients.run(signal.clone(), move |verifier| {
+                    tls.reload_from_config(Arc::new(certificate.server_config(Some(verifier))?));
+                    Ok(())
+                }),
+            );
+        }
         tasks.spawn("drain", async move {
             signal.cancelled().await;
             serving.close();

@@ -1,34 +1,27 @@
 //! The HTTP side: limits around every review, and an answer for whatever comes in.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
-use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::body::Body;
+use axum::extract::{Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
-use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::post;
+use futures::FutureExt as _;
 use howdah_core::policy::{self, Effect, Verdict};
 use jiff::Timestamp;
 use serde_json::Value;
-use tower::ServiceBuilder;
-use tower::limit::GlobalConcurrencyLimitLayer;
-use tower_http::catch_panic::CatchPanicLayer;
-use tower_http::timeout::TimeoutLayer;
-use tracing::{Instrument as _, debug, info, info_span, warn};
+use tracing::{Instrument as _, debug, error, info, info_span, warn};
 
 use crate::facts::Cluster;
+use crate::intake::Intake;
 use crate::metrics::Metrics;
 use crate::review::{self, Review};
 
-/// Longest body: a review holds an object of at most 3 MiB twice, old and new, and some more around it.
-pub const BODY_BYTES_MAX: usize = 7 * 1024 * 1024;
-/// Reviews at a time; the others wait. Bounds the memory: each holds its body and what is read from it.
-const CONCURRENT_REVIEWS_MAX: usize = 16;
 /// Longest review. Below the `timeoutSeconds` of the webhook configurations (5 s), so that it is us who answers.
 const REVIEW_TIMEOUT: Duration = Duration::from_secs(4);
 
@@ -57,6 +50,7 @@ impl Phase {
 pub struct App {
     cluster: Cluster,
     metrics: Metrics,
+    intake: Intake,
     closing: Arc<AtomicBool>,
 }
 
@@ -64,7 +58,7 @@ impl App {
     /// An app that answers from these facts.
     #[must_use]
     pub fn new(cluster: Cluster, metrics: Metrics) -> Self {
-        Self { cluster, metrics, closing: Arc::default() }
+        Self { cluster, metrics, intake: Intake::default(), closing: Arc::default() }
     }
 
     /// From now on every answer asks the API server to close its connection: it keeps them for long, and a connection to
@@ -76,54 +70,78 @@ impl App {
 
 /// The routes with their limits.
 pub fn router(app: App) -> Router {
-    let limits = ServiceBuilder::new()
-        .layer(CatchPanicLayer::new())
-        .layer(TimeoutLayer::with_status_code(StatusCode::SERVICE_UNAVAILABLE, REVIEW_TIMEOUT))
-        .layer(GlobalConcurrencyLimitLayer::new(CONCURRENT_REVIEWS_MAX));
+    let route = |phase: Phase| {
+        post(async move |State(app): State<App>, request: Request| {
+            answer(app, phase, request.into_body()).await
+        })
+    };
     Router::new()
-        .route("/mutate", post(async |State(app), body| answer(app, Phase::Mutate, body).await))
-        .route("/validate", post(async |State(app), body| answer(app, Phase::Validate, body).await))
-        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
-        .layer(limits)
-        .layer(middleware::from_fn_with_state(app.clone(), close_when_asked))
+        .route("/mutate", route(Phase::Mutate))
+        .route("/validate", route(Phase::Validate))
         .with_state(app)
 }
 
-async fn close_when_asked(State(app): State<App>, request: Request, next: Next) -> Response {
-    let mut response = next.run(request).await;
+/// One answer for one body, whatever it is and however slowly it comes.
+async fn answer(app: App, phase: Phase, body: Body) -> Response {
+    let started = Instant::now();
+    let review = AssertUnwindSafe(review(&app, phase, body, started)).catch_unwind();
+    let mut response = match tokio::time::timeout(REVIEW_TIMEOUT, review).await {
+        Ok(Ok(response)) => response,
+        Ok(Err(_)) => {
+            error!(phase = phase.as_str(), "a review ended in a panic, which is a mistake in howdah");
+            let problem = "howdah failed at this review; its log says where";
+            unjudged(&app, phase, "failed", started, StatusCode::INTERNAL_SERVER_ERROR, problem)
+        }
+        Err(_) => {
+            let limit_s = REVIEW_TIMEOUT.as_secs();
+            let problem = format!("howdah did not have this review, or not its facts, within {limit_s} s");
+            unjudged(&app, phase, "late", started, StatusCode::SERVICE_UNAVAILABLE, &problem)
+        }
+    };
     if app.closing.load(Ordering::Relaxed) {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
 }
 
-async fn answer(app: App, phase: Phase, body: Result<Bytes, BytesRejection>) -> Response {
-    let started = Instant::now();
-    let body = match body {
-        Ok(body) => body,
-        Err(rejection) => {
-            app.metrics.unjudged(phase, "malformed", started.elapsed());
-            let problem = format!(
-                "howdah cannot read this review: {rejection}; it takes up to {BODY_BYTES_MAX} bytes\n"
-            );
-            return (rejection.status(), problem).into_response();
+/// The answer, in plain text, to what is no review or was not judged: for the API server that is a failed call.
+fn unjudged(
+    app: &App,
+    phase: Phase,
+    verdict: &'static str,
+    started: Instant,
+    status: StatusCode,
+    problem: &str,
+) -> Response {
+    app.metrics.unjudged(phase, verdict, started.elapsed());
+    (status, format!("{problem}\n")).into_response()
+}
+
+async fn review(app: &App, phase: Phase, body: Body, started: Instant) -> Response {
+    let taken = match app.intake.take(body).await {
+        Ok(taken) => taken,
+        Err(refused) => {
+            let problem = format!("howdah cannot read this review: {}", refused.problem);
+            return unjudged(app, phase, "malformed", started, refused.status, &problem);
         }
     };
-    let review = match review::decode(&body) {
+    let review = match review::decode(&taken.bytes) {
         Ok(review) => review,
         Err(malformed) => {
-            app.metrics.unjudged(phase, "malformed", started.elapsed());
             warn!(problem = malformed.problem, uid = malformed.uid, "received a malformed review");
             return match malformed.uid {
-                Some(uid) => json(&review::refusal(&uid, &malformed.problem)),
+                Some(uid) => {
+                    app.metrics.unjudged(phase, "malformed", started.elapsed());
+                    json(&review::refusal(&uid, &malformed.problem))
+                }
                 None => {
-                    let problem = format!("howdah cannot read this review: {}\n", malformed.problem);
-                    (StatusCode::BAD_REQUEST, problem).into_response()
+                    let problem = format!("howdah cannot read this review: {}", malformed.problem);
+                    unjudged(app, phase, "malformed", started, StatusCode::BAD_REQUEST, &problem)
                 }
             };
         }
     };
-    drop(body);
+    let _room = taken.into_room();
     let span = info_span!(
         "review",
         phase = phase.as_str(),
@@ -134,7 +152,7 @@ async fn answer(app: App, phase: Phase, body: Result<Bytes, BytesRejection>) -> 
         target = ?review.target,
         dry_run = review.dry_run,
     );
-    judge(&app, phase, &review, started).instrument(span).await
+    judge(app, phase, &review, started).instrument(span).await
 }
 
 async fn judge(app: &App, phase: Phase, review: &Review, started: Instant) -> Response {
@@ -196,12 +214,14 @@ fn json(answer: &Value) -> Response {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use axum::body::{Body, to_bytes};
+    use axum::body::to_bytes;
     use howdah_adapters::telemetry::{Readiness, registry};
     use howdah_core::policy::Config;
     use prometheus_client::registry::Registry;
     use serde_json::json;
     use tower::ServiceExt as _;
+
+    use crate::intake::BODY_BYTES_MAX;
 
     /// A router whose cluster answers nothing: the address is one where nobody listens.
     fn app() -> (App, Registry) {

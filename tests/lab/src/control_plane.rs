@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use crate::cache::{self, GoModule};
 use crate::lab::Lab;
@@ -79,7 +80,7 @@ pub fn up(lab: &Lab, profile: Profile, binary: &Path) -> Result<()> {
     let mut etcd = process::ensure(lab, "etcd", Network::Lab, || etcd_command(lab, binary))?;
     etcd.wait_ready(ETCD_LIMIT, || answers(lab, ETCD))?;
     let mut apiserver =
-        process::ensure(lab, API_SERVER, Network::Lab, || Ok(apiserver_command(lab, binary, profile)))?;
+        process::ensure(lab, API_SERVER, Network::Lab, || apiserver_command(lab, binary, profile))?;
     let address = forward::ensure(lab, API_FORWARD, SocketAddrV4::new(BRIDGE_ADDRESS, API_PORT))?;
     let admin = pki::client_credentials(lab, "admin")?;
     let kubeconfig = pki::kubeconfig(lab, &format!("https://{address}"), &admin)?;
@@ -152,7 +153,33 @@ fn etcd_command(lab: &Lab, binary: &Path) -> Result<Command> {
     Ok(command)
 }
 
-fn apiserver_command(lab: &Lab, binary: &Path, profile: Profile) -> Command {
+/// Has the apiserver show a client certificate to webhooks that demand one (docs/client-certificates.md).
+fn admission_configuration(lab: &Lab) -> Result<PathBuf> {
+    let file = |name: &str| pki::file(lab, &format!("{}.{name}", pki::WEBHOOK_CLIENT));
+    let kubeconfig = json!({
+        "apiVersion": "v1",
+        "kind": "Config",
+        "users": [{"name": "*", "user": {"client-certificate": file("crt"), "client-key": file("key")}}],
+    });
+    process::write_atomically(&file("kubeconfig"), kubeconfig.to_string().as_bytes())?;
+    let plugin = |name: &str| {
+        json!({"name": name, "configuration": {
+            "apiVersion": "apiserver.config.k8s.io/v1",
+            "kind": "WebhookAdmissionConfiguration",
+            "kubeConfigFile": file("kubeconfig"),
+        }})
+    };
+    let configuration = json!({
+        "apiVersion": "apiserver.config.k8s.io/v1",
+        "kind": "AdmissionConfiguration",
+        "plugins": [plugin("MutatingAdmissionWebhook"), plugin("ValidatingAdmissionWebhook")],
+    });
+    let path = lab.path("admission.yaml");
+    process::write_atomically(&path, configuration.to_string().as_bytes())?;
+    Ok(path)
+}
+
+fn apiserver_command(lab: &Lab, binary: &Path, profile: Profile) -> Result<Command> {
     let mut command = Command::new(binary);
     command.args([
         API_SERVER,
@@ -195,7 +222,9 @@ fn apiserver_command(lab: &Lab, binary: &Path, profile: Profile) -> Command {
         command
             .args(["--default-not-ready-toleration-seconds=5", "--default-unreachable-toleration-seconds=5"]);
     }
-    command
+    let admission = admission_configuration(lab)?;
+    command.arg(format!("--admission-control-config-file={}", admission.display()));
+    Ok(command)
 }
 
 fn controller_manager_command(lab: &Lab, binary: &Path, profile: Profile) -> Command {

@@ -18,8 +18,10 @@ use crate::process::write_atomically;
 
 /// The first address of the Service range: the `kubernetes` Service.
 const SERVICE_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
+/// The client as which the apiserver calls admission webhooks.
+pub const WEBHOOK_CLIENT: &str = "apiserver-webhook-client";
 /// Who speaks for whom: file name, common name, organization.
-const CLIENTS: [(&str, &str, Option<&str>); 6] = [
+const CLIENTS: [(&str, &str, Option<&str>); 7] = [
     ("admin", "howdah-lab-admin", Some("system:masters")),
     ("controller-manager", "system:kube-controller-manager", None),
     ("scheduler", "system:kube-scheduler", None),
@@ -27,6 +29,8 @@ const CLIENTS: [(&str, &str, Option<&str>); 6] = [
     // Kubelets let the apiserver in by this name; the group is RBAC's shortest way to nodes/proxy.
     ("apiserver-kubelet-client", "kube-apiserver-kubelet-client", Some("system:masters")),
     ("front-proxy-client", "front-proxy-client", None),
+    // What the apiserver shows to admission webhooks; those that do not ask never see it.
+    (WEBHOOK_CLIENT, "kube-apiserver-webhook-client", None),
 ];
 
 /// A certificate and its key, in PEM.

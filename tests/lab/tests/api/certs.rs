@@ -29,7 +29,8 @@ fn database(name: &str, labels: Value) -> Value {
     })
 }
 
-fn protected(name: &str) -> Value {
+/// A protected StatefulSet that passes.
+pub fn protected(name: &str) -> Value {
     database(name, json!({"howdah.dev/protect": "true"}))
 }
 

@@ -3,6 +3,7 @@
 mod certs;
 mod cli;
 mod deploy;
+mod hostile;
 mod leader;
 mod policy;
 mod rbac;

@@ -8,7 +8,7 @@
 )]
 
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use kube::client::Body;
 use kube::core::Request;
 use nix::sys::signal::Signal;
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use serde::Deserialize as _;
 use serde_json::{Value, json};
 
@@ -167,8 +167,10 @@ impl Webhook {
             .args(["--name", &netns::BRIDGE_ADDRESS.to_string(), "--propagation-seconds", "1"])
             .arg("--kubeconfig")
             .arg(&self.kubeconfig)
-            .args(["--log", "info,howdah_webhook=debug"])
             .args(&self.flags);
+        if !self.flags.iter().any(|flag| flag == "--log") {
+            command.args(["--log", "info,howdah_webhook=debug"]);
+        }
         let process = self.lab.spawn_inside(&name, &command).unwrap();
         Replica { process: Some(process), name, reviews, diagnostics }
     }
@@ -216,6 +218,12 @@ impl Webhook {
     pub fn restart(&mut self) {
         self.replicas[0] = self.spawn(0, Some(self.replicas[0].reviews));
         self.wait_ready();
+    }
+
+    /// The folder of a replica in /proc.
+    pub fn proc(&self, index: usize) -> PathBuf {
+        let pid = self.replicas[index].process.as_ref().and_then(Process::pid).unwrap();
+        PathBuf::from("/proc").join(pid.to_string())
     }
 
     /// What a replica has printed.
@@ -361,6 +369,56 @@ fn plain_get(address: SocketAddr, path: &str) -> Option<String> {
     Some(answer)
 }
 
+/// A TLS connection from inside the lab.
+pub type Tls = rustls::StreamOwned<rustls::ClientConnection, TcpStream>;
+
+/// A new TCP connection from inside the lab.
+pub fn tcp_connect(lab: &Lab, address: SocketAddr) -> std::io::Result<TcpStream> {
+    // A socket stays in the namespace in which it was made.
+    let stream = netns::within(lab, || TcpStream::connect_timeout(&address, REQUEST_LIMIT))
+        .map_err(std::io::Error::other)??;
+    stream.set_read_timeout(Some(REQUEST_LIMIT))?;
+    Ok(stream)
+}
+
+/// A new TLS connection that trusts `bundle` alone, with a client certificate and its key (PEM) where they are given. The
+/// handshake happens with the first byte.
+pub fn tls_connect(
+    lab: &Lab,
+    address: SocketAddr,
+    bundle: &str,
+    identity: Option<(&str, &str)>,
+) -> std::io::Result<Tls> {
+    let mut roots = rustls::RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(bundle.as_bytes()) {
+        roots.add(certificate.map_err(std::io::Error::other)?).map_err(std::io::Error::other)?;
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(std::io::Error::other)?
+        .with_root_certificates(roots);
+    let config = match identity {
+        None => config.with_no_client_auth(),
+        Some((certificate, key)) => {
+            let certificate = CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap();
+            let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
+            config.with_client_auth_cert(vec![certificate], key).map_err(std::io::Error::other)?
+        }
+    };
+    let name = ServerName::from(std::net::IpAddr::from(netns::BRIDGE_ADDRESS));
+    let session = rustls::ClientConnection::new(Arc::new(config), name).map_err(std::io::Error::other)?;
+    Ok(rustls::StreamOwned::new(session, tcp_connect(lab, address)?))
+}
+
+/// The head of a POST with a body of this length, after which the connection is closed.
+pub fn post_head(path: &str, length: usize) -> String {
+    format!(
+        "POST {path} HTTP/1.1\r\nhost: webhook\r\ncontent-type: application/json\r\n\
+         content-length: {length}\r\nconnection: close\r\n\r\n"
+    )
+}
+
 /// A POST over a new TLS connection that trusts `bundle` alone; the status line, headers and body of the answer.
 pub fn tls_post(
     lab: &Lab,
@@ -369,35 +427,22 @@ pub fn tls_post(
     path: &str,
     body: &[u8],
 ) -> std::io::Result<String> {
-    netns::within(lab, || {
-        let mut roots = rustls::RootCertStore::empty();
-        for certificate in CertificateDer::pem_slice_iter(bundle.as_bytes()) {
-            roots.add(certificate.map_err(std::io::Error::other)?).map_err(std::io::Error::other)?;
-        }
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let config = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .map_err(std::io::Error::other)?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        let name = ServerName::from(std::net::IpAddr::from(Ipv4Addr::new(10, 77, 0, 1)));
-        let session = rustls::ClientConnection::new(Arc::new(config), name).map_err(std::io::Error::other)?;
-        let stream = TcpStream::connect_timeout(&address, REQUEST_LIMIT)?;
-        stream.set_read_timeout(Some(REQUEST_LIMIT))?;
-        let mut tls = rustls::StreamOwned::new(session, stream);
-        let length = body.len();
-        let head = format!(
-            "POST {path} HTTP/1.1\r\nhost: webhook\r\ncontent-type: application/json\r\n\
-             content-length: {length}\r\nconnection: close\r\n\r\n"
-        );
-        tls.write_all(head.as_bytes())?;
-        // A server that has seen enough may answer and close before it has read everything.
-        let _ = tls.write_all(body);
-        let mut answer = Vec::new();
-        match tls.read_to_end(&mut answer) {
-            Err(error) if answer.is_empty() => Err(error),
-            _ => Ok(String::from_utf8_lossy(&answer).into_owned()),
-        }
-    })
-    .map_err(std::io::Error::other)?
+    post(&mut tls_connect(lab, address, bundle, None)?, path, body)
+}
+
+/// The same over a connection that is there.
+pub fn post(tls: &mut Tls, path: &str, body: &[u8]) -> std::io::Result<String> {
+    tls.write_all(post_head(path, body.len()).as_bytes())?;
+    // A server that has seen enough may answer and close before it has read everything.
+    let _ = tls.write_all(body);
+    read_answer(tls)
+}
+
+/// Whatever comes until the connection ends.
+pub fn read_answer(stream: &mut impl std::io::Read) -> std::io::Result<String> {
+    let mut answer = Vec::new();
+    match stream.read_to_end(&mut answer) {
+        Err(error) if answer.is_empty() => Err(error),
+        _ => Ok(String::from_utf8_lossy(&answer).into_owned()),
+    }
 }
