@@ -11,6 +11,7 @@ mod answer;
 pub mod anti_affinity;
 pub mod claims;
 mod defaults;
+pub mod exemptions;
 pub mod grace_period;
 pub mod holding;
 pub mod json;
@@ -246,6 +247,8 @@ pub struct ClusterFacts {
     pub node_fenced: bool,
     /// What the operator has configured.
     pub config: Config,
+    /// Whether no cluster stands behind these facts: what is not among them is then unknown, not absent.
+    pub offline: bool,
 }
 
 /// What a rule looks at.
@@ -283,6 +286,8 @@ pub enum Weight {
     },
     /// It warns at most.
     Warning,
+    /// It is a question that only the cluster can answer, because the facts are [`ClusterFacts::offline`].
+    Open,
 }
 
 /// One violation.
@@ -340,6 +345,8 @@ pub enum Effect {
     Audit,
     /// An exemption covers it; the audit log has that.
     Exempt,
+    /// Only the cluster can tell, and none was asked.
+    Open,
 }
 
 impl Effect {
@@ -351,6 +358,7 @@ impl Effect {
             Self::Warn => "warn",
             Self::Audit => "audit",
             Self::Exempt => "exempt",
+            Self::Open => "open",
         }
     }
 }
@@ -366,6 +374,36 @@ pub struct Outcome {
     pub effect: Effect,
     /// Why it is not denied (or why an exemption does not help), as a clause.
     pub because: Option<String>,
+}
+
+impl Outcome {
+    /// What was found and what is wanted, on one line: `spec.replicas is 3, wanted 1 or 0`.
+    #[must_use]
+    pub fn sentence(&self) -> String {
+        let Finding { field, found, wanted, .. } = &self.finding;
+        let because = self.because.as_deref().map(|clause| format!("; {clause}")).unwrap_or_default();
+        format!("{field} is {}, wanted {wanted}{because}", answer::quoted(found))
+    }
+
+    /// How to fix it, as an imperative.
+    #[must_use]
+    pub fn fix(&self) -> &str {
+        self.finding.fix.as_deref().unwrap_or(self.rule.fix)
+    }
+
+    /// How to be exempted from it, or that nothing exempts.
+    #[must_use]
+    pub fn exempt(&self) -> String {
+        match self.rule.exemption() {
+            Some(annotation) => {
+                format!("annotate the StatefulSet with {annotation}=\"until=YYYY-MM-DD reason=...\"")
+            }
+            None if self.rule.refusal == Refusal::Held => {
+                format!("not possible; in an emergency the group {} may", names::BREAK_GLASS_GROUP)
+            }
+            None => "not possible, remove the annotation instead".to_owned(),
+        }
+    }
 }
 
 /// A field that a denial is about, for the `details.causes` of the answer.
@@ -464,6 +502,9 @@ pub fn validate(request: &Request<'_>, facts: &ClusterFacts, now: Timestamp) -> 
             Outcome { rule, finding, effect, because }
         }));
     }
+    if request.target == Target::StatefulSet && request.object.is_some_and(is_protected) {
+        verdict.outcomes.extend(exemptions::warnings(&settings, context.today));
+    }
     verdict.mode = Some(settings.mode);
     answer::conclude(&mut verdict, governing, request);
     verdict
@@ -548,17 +589,6 @@ fn readable_settings(object: &Value) -> (Settings, Vec<crate::annotations::Annot
     }
 }
 
-/// Whether `rule` is exempted on `today`, or why it is not any more.
-fn exempted(rule: &str, settings: &Settings, today: Date) -> Result<Option<String>, String> {
-    match settings.exemptions.get(rule) {
-        None => Ok(None),
-        Some(exemption) if exemption.holds_on(today) => {
-            Ok(Some(format!("exempt until {} ({})", exemption.until, exemption.reason)))
-        }
-        Some(exemption) => Err(format!("the exemption ended on {}", exemption.until)),
-    }
-}
-
 /// What findings are weighed by.
 struct Context<'a> {
     settings: &'a Settings,
@@ -575,11 +605,14 @@ impl Context<'_> {
             Refusal::Invalid | Refusal::Held => return (Effect::Deny, None),
             Refusal::Policy | Refusal::Advice => {}
         }
-        let ended = match exempted(rule.id, self.settings, self.today) {
+        let ended = match exemptions::covering(rule.id, self.settings, self.today) {
             Ok(Some(exemption)) => return (Effect::Exempt, Some(exemption)),
             Ok(None) => None,
             Err(ended) => Some(ended),
         };
+        if finding.weight == Weight::Open {
+            return (Effect::Open, None);
+        }
         let warns = rule.refusal == Refusal::Advice || finding.weight == Weight::Warning;
         // Whoever wrote the StatefulSet would write it again: to refuse that would only break the operator.
         let operator = self.made_by.as_ref().filter(|_| matches!(rule.check, Check::State(_)));

@@ -7,7 +7,6 @@ use serde_json::Value;
 
 use super::json as raw;
 use super::{Cause, Effect, Outcome, Refusal, Request, Target, Verdict, Weight};
-use crate::names;
 
 /// Longest warning: kubectl prints each on one line, and the API server cuts all of them at 4096 characters.
 pub const WARNING_CHARS_MAX: usize = 120;
@@ -34,7 +33,7 @@ pub(super) fn conclude(verdict: &mut Verdict, governing: &Value, request: &Reque
                 let text = format!("howdah {}: {} is {found}{because}", rule.id, finding.field);
                 verdict.warnings.push(shortened(&text, WARNING_CHARS_MAX));
             }
-            Effect::Warn | Effect::Audit | Effect::Exempt => {}
+            Effect::Warn | Effect::Audit | Effect::Exempt | Effect::Open => {}
         }
         let key = if outcome.effect == Effect::Exempt { "exempt" } else { "violations" };
         audit.entry(key).or_default().push(format!("{}: {} is {found}{because}", rule.id, finding.field));
@@ -73,29 +72,17 @@ fn code(outcomes: &[Outcome]) -> (u16, Option<u32>) {
 
 /// One denial in full: rule, field, found, wanted, fix, exemption.
 fn explain(outcome: &Outcome) -> String {
-    let (rule, finding) = (outcome.rule, &outcome.finding);
-    let ended = outcome.because.as_deref().map(|clause| format!("; {clause}")).unwrap_or_default();
-    let exempt = match rule.exemption() {
-        Some(annotation) => {
-            format!("annotate the StatefulSet with {annotation}=\"until=YYYY-MM-DD reason=...\"")
-        }
-        None if rule.refusal == Refusal::Held => {
-            format!("not possible; in an emergency the group {} may", names::BREAK_GLASS_GROUP)
-        }
-        None => "not possible, remove the annotation instead".to_owned(),
-    };
     format!(
-        "[{}] {} is {}, wanted {}{ended}\n    fix: {}\n    exempt: {exempt}",
-        rule.id,
-        finding.field,
-        quoted(&finding.found),
-        finding.wanted,
-        finding.fix.as_deref().unwrap_or(rule.fix),
+        "[{}] {}\n    fix: {}\n    exempt: {}",
+        outcome.rule.id,
+        outcome.sentence(),
+        outcome.fix(),
+        outcome.exempt()
     )
 }
 
 /// A value for a message: on one line and not too long.
-fn quoted(value: &str) -> String {
+pub(super) fn quoted(value: &str) -> String {
     let line: String = value.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     shortened(&line, QUOTED_CHARS_MAX)
 }

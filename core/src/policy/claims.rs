@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
-use super::{ClusterFacts, Request, Target, json};
+use super::{ClusterFacts, Finding, Request, Target, Weight, json};
 
 /// Marks the class that claims without one get.
 const DEFAULT_CLASS: &str = "storageclass.kubernetes.io/is-default-class";
@@ -183,6 +183,25 @@ pub(super) struct Unresolved {
     pub found: String,
     /// How to fix it, as an imperative.
     pub fix: String,
+    /// What a finding of it weighs: it may well exist where the facts are [`ClusterFacts::offline`] and do not have it.
+    pub weight: Weight,
+}
+
+impl Unresolved {
+    /// Something that does not exist, or that only the cluster knows.
+    fn missing(name: &str, fix: impl Into<String>, facts: &ClusterFacts) -> Self {
+        let what = if facts.offline { "which only the cluster knows" } else { "which does not exist" };
+        Self { found: format!("{name}, {what}"), fix: fix.into(), weight: Self::weight(facts) }
+    }
+
+    fn weight(facts: &ClusterFacts) -> Weight {
+        if facts.offline { Weight::Open } else { Weight::Full }
+    }
+
+    /// The finding of a rule that wants something of what stands behind the claim.
+    pub fn finding(self, field: impl Into<String>, wanted: &str) -> Finding {
+        Finding { weight: self.weight, ..Finding::new(field, self.found, wanted).fix(self.fix) }
+    }
 }
 
 /// Every claim of a StatefulSet.
@@ -226,16 +245,15 @@ pub(super) fn resolve(
     let existing = facts.claims.get(&claim.name);
     let Some(template) = claim.template else {
         let Some(existing) = existing else {
-            return Err(Unresolved {
-                found: format!("{}, which does not exist", claim.name),
-                fix: "create the claim before the StatefulSet, or use volumeClaimTemplates".to_owned(),
-            });
+            let fix = "create the claim before the StatefulSet, or use volumeClaimTemplates";
+            return Err(Unresolved::missing(&claim.name, fix, facts));
         };
         return match (&existing.volume, existing.storage_class.as_deref()) {
             (Some(volume), _) => resolve_volume(volume, facts),
             (None, Some("")) => Err(Unresolved {
                 found: format!("{}, which has no class and no volume yet", claim.name),
                 fix: "name its volume in spec.volumeName of the claim".to_owned(),
+                weight: Unresolved::weight(facts),
             }),
             (None, class) => resolve_class(class, facts),
         };
@@ -258,6 +276,7 @@ pub(super) fn resolve(
         None => Err(Unresolved {
             found: "\"\" (no class) and no volume is reserved for the claim".to_owned(),
             fix: format!("name a class, or reserve a volume with claimRef {namespace}/{}", claim.name),
+            weight: Unresolved::weight(facts),
         }),
     }
 }
@@ -265,9 +284,11 @@ pub(super) fn resolve(
 fn resolve_class(name: Option<&str>, facts: &ClusterFacts) -> Result<Backing, Unresolved> {
     let default = || default_class(&facts.storage_classes);
     let Some(name) = name.or_else(default) else {
+        let what = if facts.offline { "only the cluster knows its" } else { "the cluster has no" };
         return Err(Unresolved {
-            found: "absent, and the cluster has no default class".to_owned(),
+            found: format!("absent, and {what} default class"),
             fix: "name a storage class of Ceph RBD".to_owned(),
+            weight: Unresolved::weight(facts),
         });
     };
     match facts.storage_classes.get(name) {
@@ -276,10 +297,10 @@ fn resolve_class(name: Option<&str>, facts: &ClusterFacts) -> Result<Backing, Un
             provisioner: class.provisioner.clone(),
             reclaimed: class.reclaim_policy == "Delete",
         }),
-        None => Err(Unresolved {
-            found: format!("{name}, which does not exist"),
-            fix: "name a storage class of Ceph RBD that exists (kubectl get storageclass)".to_owned(),
-        }),
+        None => {
+            let fix = "name a storage class of Ceph RBD that exists (kubectl get storageclass)";
+            Err(Unresolved::missing(name, fix, facts))
+        }
     }
 }
 
@@ -290,10 +311,10 @@ fn resolve_volume(name: &str, facts: &ClusterFacts) -> Result<Backing, Unresolve
             provisioner: volume.driver.clone().unwrap_or_else(|| "no CSI driver".to_owned()),
             reclaimed: volume.reclaim_policy == "Delete",
         }),
-        None => Err(Unresolved {
-            found: format!("volume {name}, which does not exist"),
-            fix: "create the volume before the StatefulSet".to_owned(),
-        }),
+        None => {
+            let fix = "create the volume before the StatefulSet";
+            Err(Unresolved::missing(&format!("volume {name}"), fix, facts))
+        }
     }
 }
 

@@ -17,7 +17,7 @@ pub(super) fn on_create(object: &mut Value, settings: &Settings, facts: &Cluster
     }
     stamp_label(object);
     for rule in &RULES {
-        let exempt = matches!(super::exempted(rule.id, settings, today), Ok(Some(_)));
+        let exempt = matches!(super::exemptions::covering(rule.id, settings, today), Ok(Some(_)));
         if let Some(filling) = rule.filling.as_ref().filter(|_| !exempt) {
             (filling.fill)(object, facts);
         }

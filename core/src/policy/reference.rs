@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::{RULES, Refusal, Target};
+use super::{RULES, Refusal, Target, exemptions};
 
 /// The rules as a Markdown document, for the reference.
 #[must_use]
@@ -14,8 +14,14 @@ pub fn reference() -> String {
          both follow `howdah.dev/mode` (`enforce`, `warn`, `audit`) and can be exempted. 422 means not understandable:\n\
          it is refused in every mode. A change is never denied for a violation that was there before and that it does not\n\
          touch: it warns. A StatefulSet that an operator made (a controlling ownerReference) gets no defaults, and what is\n\
-         wrong with it is warned of instead of denied. The group `howdah:break-glass` may do everything.\n\n\
+         wrong with it is warned of instead of denied. The group `howdah:break-glass` may do everything.\n",
+    );
+    let _ = write!(
+        text,
+        "An exemption holds through its last day (UTC). In the {} days before that it warns; after it nothing is exempt, and\n\
+         the annotation itself is refused.\n\n\
          | rule | intent | fields | on | code |\n|---|---|---|---|---|\n",
+        exemptions::ENDING_DAYS,
     );
     for rule in &RULES {
         let fields: Vec<String> = rule.fields.iter().map(|field| format!("`{field}`")).collect();

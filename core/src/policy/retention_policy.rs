@@ -11,7 +11,7 @@
 use serde_json::{Value, json};
 
 use super::claims::{data_claims, resolve};
-use super::{Check, ClusterFacts, Filling, Finding, Refusal, Rule, Subject, Target, json as raw};
+use super::{Check, ClusterFacts, Filling, Finding, Refusal, Rule, Subject, Target, Weight, json as raw};
 
 /// The rule.
 pub const RULE: Rule = Rule {
@@ -38,23 +38,31 @@ fn check(subject: &Subject<'_>) -> Vec<Finding> {
         findings.push(Finding::new(field("whenScaled"), "Delete", "Retain"));
     }
     let deleted = raw::string(policy, &["whenDeleted"]) == Some("Delete");
-    if let Some(what) = deleted.then(|| reclaimed(subject)).flatten() {
-        findings.push(
-            Finding::new(field("whenDeleted"), format!("Delete, on {what}"), "Retain")
-                .fix("set it to Retain, or use a class with reclaimPolicy Retain"),
-        );
+    if let Some((what, weight)) = deleted.then(|| reclaimed(subject)).flatten() {
+        let finding = Finding::new(field("whenDeleted"), format!("Delete, on {what}"), "Retain")
+            .fix("set it to Retain, or use a class with reclaimPolicy Retain");
+        findings.push(Finding { weight, ..finding });
     }
     findings
 }
 
-/// The first claim whose data goes with it. What cannot be followed counts: the proof that it is safe is missing.
-fn reclaimed(subject: &Subject<'_>) -> Option<String> {
-    data_claims(subject.object).iter().filter(|claim| claim.is_templated()).find_map(|claim| {
+/// The first claim whose data goes with it, and what that weighs. What cannot be followed counts: the proof that it is safe
+/// is missing.
+fn reclaimed(subject: &Subject<'_>) -> Option<(String, Weight)> {
+    let claims = data_claims(subject.object);
+    let found = claims.iter().filter(|claim| claim.is_templated()).filter_map(|claim| {
         match resolve(claim, subject.request.namespace, subject.facts) {
-            Ok(backing) => backing.reclaimed.then(|| format!("{}, which deletes the image", backing.what)),
-            Err(_) => Some(format!("claim {}, whose class is unknown", claim.name)),
+            Ok(backing) => {
+                let what = format!("{}, which deletes the image", backing.what);
+                backing.reclaimed.then_some((what, Weight::Full))
+            }
+            Err(unresolved) => {
+                Some((format!("claim {}, whose class is unknown", claim.name), unresolved.weight))
+            }
         }
-    })
+    });
+    // One that is certain says more than an open one.
+    found.min_by_key(|(_, weight)| *weight == Weight::Open)
 }
 
 fn fill(object: &mut Value, _: &ClusterFacts) {
@@ -103,6 +111,29 @@ mod tests {
         assert_eq!(fields("Retain", "Delete", "gone"), ["whenDeleted"]);
         assert!(fields("Retain", "Delete", "kept").is_empty());
         assert_eq!(fields("Retain", "Delete", "unknown"), ["whenDeleted"]);
+    }
+
+    #[test]
+    fn without_a_cluster_an_unknown_class_stays_open_and_a_known_one_does_not() {
+        let class = StorageClass::from_json(&json!({"provisioner": "rbd.csi.ceph.com"}));
+        let facts = ClusterFacts {
+            storage_classes: [("gone".to_owned(), class)].into(),
+            offline: true,
+            ..ClusterFacts::default()
+        };
+        let weights = |classes: &[&str]| {
+            let templates: Vec<Value> = classes
+                .iter()
+                .map(|class| json!({"metadata": {"name": class}, "spec": {"storageClassName": class}}))
+                .collect();
+            let object = json!({"metadata": {"name": "pg"}, "spec": {
+                "persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Delete"}, "volumeClaimTemplates": templates,
+            }});
+            let findings = testing::findings(&RULE, &object, &facts);
+            findings.into_iter().map(|finding| finding.weight).collect::<Vec<_>>()
+        };
+        assert_eq!(weights(&["unknown"]), [Weight::Open]);
+        assert_eq!(weights(&["unknown", "gone"]), [Weight::Full], "one is certain");
     }
 
     #[test]

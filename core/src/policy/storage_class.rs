@@ -43,9 +43,7 @@ fn check(subject: &Subject<'_>) -> Vec<Finding> {
                 let found = format!("{} of {}", backing.what, backing.provisioner);
                 findings.push(Finding::new(claim.field, found, WANTED));
             }
-            Err(unresolved) => {
-                findings.push(Finding::new(claim.field, unresolved.found, WANTED).fix(unresolved.fix));
-            }
+            Err(unresolved) => findings.push(unresolved.finding(claim.field, WANTED)),
         }
     }
     findings
@@ -162,6 +160,29 @@ mod tests {
         assert_eq!(of_claim("on-nfs"), ["volume pv-nfs of no CSI driver"]);
         assert_eq!(of_claim("floating").len(), 1);
         assert_eq!(of_claim("missing"), ["missing, which does not exist"]);
+    }
+
+    #[test]
+    fn without_a_cluster_what_is_not_known_stays_open() {
+        let facts = ClusterFacts { offline: true, ..facts() };
+        let open = |spec: Value| {
+            let object = json!({"metadata": {"name": "pg"}, "spec": spec});
+            let findings = testing::findings(&RULE, &object, &facts);
+            let open = |finding: Finding| (finding.found, finding.weight == Weight::Open);
+            findings.into_iter().map(open).collect::<Vec<_>>()
+        };
+        let template = |spec: Value| {
+            open(json!({"volumeClaimTemplates": [{"metadata": {"name": "data"}, "spec": spec}]}))
+        };
+        let only = |what: &str| [(format!("{what}, which only the cluster knows"), true)];
+        assert_eq!(template(json!({"storageClassName": "none"})), only("none"));
+        assert_eq!(template(json!({"volumeName": "pv-none"})), only("volume pv-none"));
+        let claim = json!([{"name": "data", "persistentVolumeClaim": {"claimName": "missing"}}]);
+        assert_eq!(open(json!({"template": {"spec": {"volumes": claim}}})), only("missing"));
+        // What is known is judged as ever.
+        assert!(template(json!({"storageClassName": "rbd"})).is_empty());
+        let local = ("class local of rancher.io/local-path".to_owned(), false);
+        assert_eq!(template(json!({"storageClassName": "local"})), [local]);
     }
 
     #[test]
