@@ -21,6 +21,8 @@ pub struct Args {
 pub enum Command {
     /// List the protected databases and how their backups stand.
     Status(StatusArgs),
+    /// Judge manifests as the webhook would, without a cluster.
+    Lint(crate::lint::LintArgs),
     /// Let the scheduler read the credentials in a namespace, so that its backups are online ones.
     Protect(ProtectArgs),
     /// Show which backups of a database its retention policy keeps, and why.

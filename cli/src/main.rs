@@ -1,6 +1,7 @@
 //! `kubectl howdah`: what howdah protects, and the few things a user asks of it by hand.
 
 mod args;
+mod lint;
 mod protect;
 mod prune;
 mod status;
@@ -18,9 +19,9 @@ use args::{Args, Command};
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     match run(Args::parse()).await {
-        Ok(text) => {
+        Ok((text, exit_code)) => {
             print!("{text}");
-            ExitCode::SUCCESS
+            exit_code
         }
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -29,15 +30,18 @@ async fn main() -> ExitCode {
     }
 }
 
-/// Does what was asked, and answers with what to print.
-async fn run(Args { kubeconfig, command }: Args) -> anyhow::Result<String> {
+/// Does what was asked, and answers with what to print and how to end.
+async fn run(Args { kubeconfig, command }: Args) -> anyhow::Result<(String, ExitCode)> {
     install_crypto_provider()?;
     let client = async || connect(kubeconfig.as_deref()).await.context("reach the cluster");
-    match command {
+    let text = match command {
+        // Its exit code says what was found.
+        Command::Lint(arguments) => return lint::run(arguments, client).await,
         Command::Status(arguments) => status::run(client().await?, arguments).await,
         // The manifest can be printed where no cluster can be reached.
         Command::Protect(arguments) if arguments.dry_run => protect::manifest(&arguments),
         Command::Protect(arguments) => protect::run(client().await?, arguments).await,
         Command::Prune(arguments) => prune::run(client().await?, arguments).await,
-    }
+    }?;
+    Ok((text, ExitCode::SUCCESS))
 }

@@ -5,6 +5,7 @@
 pub mod annotations;
 pub mod backup;
 pub mod catalogue;
+pub mod lint;
 pub mod names;
 pub mod policy;
 pub mod preflight;

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use howdah_core::lint;
 use howdah_core::policy::{
     Claim, ClusterFacts, Config, Effect, Operation, RULES, Request, StorageClass, Target, User, Verdict,
     Volume, mutate, validate,
@@ -363,6 +364,21 @@ proptest! {
         }
         prop_assert!(mutate(&request(None, &mutated), &facts(), now()).patch.is_none());
         assert_survives(&object, &mutated, "")?;
+    }
+
+    #[test]
+    fn printed_defaults_merge_into_the_manifest_and_leave_nothing_to_fill(object in stateful_set()) {
+        let known = lint::Known::default();
+        let mut object = object;
+        object["apiVersion"] = json!("apps/v1");
+        object["kind"] = json!("StatefulSet");
+        let before = object.clone();
+        if let Some(defaults) = lint::judge(&object, "n", &known, &facts().config, now()).defaults {
+            json_patch::merge(&mut object, &defaults);
+        }
+        prop_assert!(mutate(&request(None, &object), &facts(), now()).patch.is_none());
+        prop_assert_eq!(lint::judge(&object, "n", &known, &facts().config, now()).defaults, None);
+        assert_survives(&before, &object, "")?;
     }
 
     #[test]

@@ -63,7 +63,7 @@ fn fill(object: &mut Value, facts: &ClusterFacts) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::{Claim, StorageClass, Volume, testing};
+    use crate::policy::{Claim, StorageClass, Volume, Weight, testing};
 
     fn facts() -> ClusterFacts {
         let class = |provisioner: &str, default: bool, created: &str| StorageClass {
