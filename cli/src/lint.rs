@@ -316,10 +316,10 @@ mod tests {
         (printed.replace(folder.path().to_str().unwrap(), "shop"), report)
     }
 
-    const TEXT: &str = r#"apiVersion: storage.k8s.io/v1
-kind: StorageClass
-metadata: {name: fast}
-provisioner: rook-ceph.rbd.csi.ceph.com
+    const TEXT: &str = r#"{apiVersion: storage.k8s.io/v1, kind: StorageClass,
+metadata: {name: fast},
+provisioner: rook-ceph.rbd.csi.ceph.com,
+parameters: {mapOptions: "krbd:noshare"}}
 ---
 apiVersion: apps/v1
 kind: StatefulSet

@@ -257,7 +257,11 @@ mod tests {
                 "selector": {"matchLabels": {"app": "db"}},
                 "template": {
                     "metadata": {"labels": {"app": "db"}},
-                    "spec": {"containers": [{"name": "postgres", "image": "postgres:17"}]},
+                    "spec": {"containers": [{
+                        "name": "postgres",
+                        "image": "postgres:17",
+                        "volumeMounts": [{"name": "data", "mountPath": "/var/lib/postgresql/data"}],
+                    }]},
                 },
                 "volumeClaimTemplates": [
                     {"metadata": {"name": "data"}, "spec": {"storageClassName": "fast", "accessModes": ["ReadWriteOnce"]}},
@@ -267,7 +271,8 @@ mod tests {
     }
 
     fn class(provisioner: &str) -> Value {
-        json!({"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": {"name": "fast"}, "provisioner": provisioner})
+        json!({"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": {"name": "fast"},
+               "provisioner": provisioner, "parameters": {"mapOptions": "krbd:noshare"}})
     }
 
     fn lint(object: &Value, known: &Known) -> Vec<(&'static str, &'static str)> {

@@ -9,12 +9,22 @@
 pub mod annotations;
 mod answer;
 pub mod anti_affinity;
+pub mod autoscaler;
+pub mod claim_delete;
 pub mod claims;
 mod defaults;
+pub mod disruption_budget;
+pub mod eviction;
+pub mod exclusive_lock;
 pub mod exemptions;
+pub mod force_delete;
 pub mod grace_period;
 pub mod holding;
+pub mod interlock;
 pub mod json;
+mod layout;
+pub mod node_pinning;
+pub mod opt_out;
 pub mod parents;
 mod reference;
 pub mod retention_policy;
@@ -24,6 +34,7 @@ pub mod storage_class;
 #[cfg(test)]
 mod testing;
 pub mod users;
+pub mod volume_layout;
 
 use std::collections::BTreeMap;
 
@@ -42,13 +53,23 @@ pub use reference::reference;
 pub use users::User;
 
 /// Every rule, in review order. Adding a rule is one file and one line here.
-pub static RULES: [Rule; 6] = [
+pub static RULES: [Rule; 16] = [
     annotations::RULE,
     single_replica::RULE,
+    autoscaler::RULE,
     grace_period::RULE,
     storage_class::RULE,
+    volume_layout::RULE,
+    exclusive_lock::RULE,
     retention_policy::RULE,
     anti_affinity::RULE,
+    node_pinning::RULE,
+    force_delete::RULE,
+    eviction::RULE,
+    interlock::RULE,
+    claim_delete::RULE,
+    opt_out::RULE,
+    disruption_budget::RULE,
 ];
 
 /// One rule of the policy.
@@ -521,8 +542,13 @@ fn states(check: fn(&Subject<'_>) -> Vec<Finding>, subject: &Subject<'_>) -> (Ve
         return (Vec::new(), Vec::new());
     }
     let old = request.old_object.filter(|_| request.operation == Operation::Update);
-    let before = old.map(|old| check(&Subject { object: old, ..*subject })).unwrap_or_default();
-    (check(&Subject { object, ..*subject }), before)
+    let before = old.map(|old| {
+        // The annotations are a part of the state: what they ask for now may be what makes a violation of it.
+        let settings = readable_settings(old).0;
+        let settings = if request.target == Target::StatefulSet { &settings } else { subject.settings };
+        check(&Subject { object: old, settings, ..*subject })
+    });
+    (check(&Subject { object, ..*subject }), before.unwrap_or_default())
 }
 
 /// The object whose label and annotations decide about the request; `None` when howdah has no say in it.

@@ -78,17 +78,23 @@ impl RbdVolume {
     /// snapshot the image while it is mapped.
     #[must_use]
     pub fn mapped_exclusively(&self) -> bool {
-        // `krbd:a,b;nbd:c`, or `a,b` without a mounter, which means krbd (ceph-csi internal/rbd/rbd_attach.go).
-        self.map_options
-            .split(';')
-            .filter_map(|part| match part.split_once(':') {
-                Some(("krbd", options)) => Some(options),
-                Some(_) => None,
-                None => Some(part),
-            })
-            .flat_map(|options| options.split(','))
-            .any(|option| option.trim() == "exclusive")
+        has_map_option(&self.map_options, "exclusive")
     }
+}
+
+/// Whether the `mapOptions` of a class or a volume give `option` to the kernel's client.
+#[must_use]
+pub fn has_map_option(map_options: &str, option: &str) -> bool {
+    // `krbd:a,b;nbd:c`, or `a,b` without a mounter, which means krbd (ceph-csi internal/rbd/rbd_attach.go).
+    map_options
+        .split(';')
+        .filter_map(|part| match part.trim().split_once(':') {
+            Some(("krbd", options)) => Some(options),
+            Some(_) => None,
+            None => Some(part),
+        })
+        .flat_map(|options| options.split(','))
+        .any(|found| found.trim() == option)
 }
 
 /// Why a volume has no image that howdah can use.

@@ -6,9 +6,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use howdah_core::lint;
+use howdah_core::policy::parents::belongs_to;
 use howdah_core::policy::{
-    Claim, ClusterFacts, Config, Effect, Operation, RULES, Request, StorageClass, Target, User, Verdict,
-    Volume, mutate, validate,
+    Claim, ClusterFacts, Config, Effect, HoldingBackup, Operation, RULES, Refusal, Request, StorageClass,
+    Target, User, Verdict, Volume, Weight, mutate, validate,
 };
 use jiff::Timestamp;
 use proptest::prelude::*;
@@ -28,16 +29,6 @@ fn documents(text: &str) -> Vec<Value> {
     serde_yaml_ng::Deserializer::from_str(&text).map(|doc| Value::deserialize(doc).unwrap()).collect()
 }
 
-fn add_fact(facts: &mut ClusterFacts, object: &Value) {
-    let name = object["metadata"]["name"].as_str().unwrap().to_owned();
-    match object["kind"].as_str().unwrap() {
-        "StorageClass" => drop(facts.storage_classes.insert(name, StorageClass::from_json(object))),
-        "PersistentVolume" => drop(facts.volumes.insert(name, Volume::from_json(object))),
-        "PersistentVolumeClaim" => drop(facts.claims.insert(name, Claim::from_json(object))),
-        other => panic!("{other} is no fact"),
-    }
-}
-
 /// The value after `# key:` in the comments at the top.
 fn header<'a>(text: &'a str, key: &str) -> Option<&'a str> {
     text.lines()
@@ -45,62 +36,226 @@ fn header<'a>(text: &'a str, key: &str) -> Option<&'a str> {
         .find_map(|line| line.strip_prefix("# ")?.strip_prefix(key)?.strip_prefix(": "))
 }
 
-/// One request, mutated and then judged, as the API server does it.
-fn admit(facts: &ClusterFacts, old: Option<&Value>, new: &Value) -> (Value, Verdict) {
-    let target = if new["kind"] == "Scale" { Target::Scale } else { Target::StatefulSet };
-    let mut facts = facts.clone();
-    let mut old = old.cloned();
-    if target == Target::Scale {
-        facts.parent = old.replace(json!({"spec": {"replicas": 1}}));
+fn text<'a>(value: &'a Value, path: &str) -> &'a str {
+    value.pointer(path).and_then(Value::as_str).unwrap_or_default()
+}
+
+/// Who makes what comes before the last document: its gates, too.
+fn scheduler() -> User {
+    let name = format!("system:serviceaccount:{}:howdah-scheduler", Config::default().namespace);
+    User { name, groups: Vec::new() }
+}
+
+/// What a fixture has made so far.
+struct World {
+    facts: ClusterFacts,
+    set: Option<Value>,
+    /// Pods, claims, autoscalers and disruption budgets, by kind and name.
+    objects: BTreeMap<(String, String), Value>,
+    user: User,
+}
+
+impl World {
+    /// What the next document brings about; `None` for something that no rule judges by itself.
+    fn play(&mut self, mut document: Value, fixture: &str) -> Option<(Value, Verdict)> {
+        let kind = text(&document, "/kind").to_owned();
+        let name = text(&document, "/metadata/name").to_owned();
+        document = replaced(document, "CLAIM_UID", &format!("uid-of-{name}"));
+        match kind.as_str() {
+            "StorageClass" => {
+                self.facts.storage_classes.insert(name, StorageClass::from_json(&document));
+                None
+            }
+            "PersistentVolume" => {
+                self.facts.volumes.insert(name, Volume::from_json(&document));
+                None
+            }
+            "PersistentVolumeClaim" => {
+                document["metadata"]["uid"] = json!(format!("uid-of-{name}"));
+                self.facts.claims.insert(name.clone(), Claim::from_json(&document));
+                self.objects.insert((kind, name), document);
+                None
+            }
+            "Pod" => {
+                let pod = self.pod_of_set(document);
+                self.objects.insert((kind, name), pod);
+                None
+            }
+            "PostgresBackup" => {
+                self.facts.backups.extend(HoldingBackup::from_json(&document));
+                None
+            }
+            "StatefulSet" => {
+                let before = self.set.take();
+                let merges = header(fixture, "then") != Some("replace");
+                if let Some(before) = before.as_ref().filter(|_| merges) {
+                    let change = std::mem::replace(&mut document, before.clone());
+                    json_patch::merge(&mut document, &change);
+                }
+                document["metadata"]["uid"] = json!("uid-of-the-set");
+                let operation = if before.is_some() { Operation::Update } else { Operation::Create };
+                let (after, verdict) =
+                    self.admit(operation, Target::StatefulSet, &name, Some(document), before);
+                self.set = after.clone();
+                Some((after.unwrap(), verdict))
+            }
+            "Scale" => {
+                let replicas =
+                    self.set.as_ref().and_then(|set| set["spec"]["replicas"].as_i64()).unwrap_or(1);
+                document["metadata"]["uid"] = json!("uid-of-the-set");
+                let mut before = document.clone();
+                before["spec"]["replicas"] = json!(replicas);
+                self.step(Operation::Update, Target::Scale, &name, Some(document), Some(before))
+            }
+            "Eviction" => self.step(Operation::Create, Target::Eviction, &name, Some(document), None),
+            "HorizontalPodAutoscaler" | "PodDisruptionBudget" => {
+                let target = if kind == "PodDisruptionBudget" {
+                    Target::DisruptionBudget
+                } else {
+                    Target::HorizontalPodAutoscaler
+                };
+                let before = self.objects.get(&(kind.clone(), name.clone())).cloned();
+                let mut after = before.clone().unwrap_or(json!({}));
+                json_patch::merge(&mut after, &document);
+                self.objects.insert((kind, name.clone()), after.clone());
+                let operation = if before.is_some() { Operation::Update } else { Operation::Create };
+                self.step(operation, target, &name, Some(after), before)
+            }
+            "Delete" => {
+                let (kind, name) = (text(&document, "/of/kind"), text(&document, "/of/name"));
+                let target = match kind {
+                    "Pod" => Target::Pod,
+                    "PersistentVolumeClaim" => Target::Claim,
+                    "StatefulSet" => Target::StatefulSet,
+                    other => panic!("{other} cannot be deleted"),
+                };
+                let object = match target {
+                    Target::StatefulSet => self.set.clone(),
+                    // Without a name it is a collection, of which each object is judged by itself.
+                    _ => self
+                        .objects
+                        .iter()
+                        .find(|(key, _)| key.0 == kind && (name.is_empty() || key.1 == name))
+                        .map(|(_, object)| object.clone()),
+                };
+                let grace = document.pointer("/options/gracePeriodSeconds").and_then(Value::as_i64);
+                let old = object.expect("what is deleted is in the fixture");
+                // The API server resolves the grace of a single pod before it asks.
+                let own = old.pointer("/spec/terminationGracePeriodSeconds").and_then(Value::as_i64);
+                let grace = if name.is_empty() { grace } else { grace.or(own) };
+                let (_, verdict) =
+                    self.admit_with(Operation::Delete, target, name, None, Some(old.clone()), grace);
+                Some((old, verdict))
+            }
+            other => panic!("{other} cannot stand in a fixture"),
+        }
     }
-    let name = new["metadata"]["name"].as_str().unwrap_or_default();
-    let operation = if old.is_some() { Operation::Update } else { Operation::Create };
-    let request = Request {
-        operation,
-        target,
-        namespace: NAMESPACE,
-        name,
-        object: Some(new),
-        old_object: old.as_ref(),
-        user: Some(&EVE),
-        grace_s: None,
-    };
-    let mut mutated = new.clone();
-    if let Some(patch) = mutate(&request, &facts, now()).patch {
-        json_patch::patch(&mut mutated, &patch).expect("a patch of ours applies");
+
+    fn step(
+        &mut self,
+        operation: Operation,
+        target: Target,
+        name: &str,
+        new: Option<Value>,
+        old: Option<Value>,
+    ) -> Option<(Value, Verdict)> {
+        let (after, verdict) = self.admit(operation, target, name, new, old);
+        Some((after.unwrap(), verdict))
     }
-    let verdict = validate(&Request { object: Some(&mutated), ..request }, &facts, now());
-    (mutated, verdict)
+
+    fn admit(
+        &mut self,
+        operation: Operation,
+        target: Target,
+        name: &str,
+        new: Option<Value>,
+        old: Option<Value>,
+    ) -> (Option<Value>, Verdict) {
+        self.admit_with(operation, target, name, new, old, None)
+    }
+
+    /// One request, mutated and then judged, as the API server does it.
+    fn admit_with(
+        &mut self,
+        operation: Operation,
+        target: Target,
+        name: &str,
+        new: Option<Value>,
+        old: Option<Value>,
+        grace_s: Option<i64>,
+    ) -> (Option<Value>, Verdict) {
+        let request = Request {
+            operation,
+            target,
+            namespace: NAMESPACE,
+            name,
+            object: new.as_ref(),
+            old_object: old.as_ref(),
+            user: Some(&self.user),
+            grace_s,
+        };
+        let mut facts = self.facts.clone();
+        facts.parent = self.set.clone().filter(|set| belongs_to(&request, set));
+        facts.pod = self.objects.get(&("Pod".to_owned(), name.to_owned())).cloned();
+        let of_set = |backup: &HoldingBackup| {
+            let set = facts.parent.as_ref().or(old.as_ref()).map(|set| text(set, "/metadata/name"));
+            set == Some(backup.stateful_set.as_str())
+        };
+        facts.backups = self.facts.backups.iter().filter(|backup| of_set(backup)).cloned().collect();
+        let mut mutated = new.clone();
+        if let Some(patch) = mutate(&request, &facts, now()).patch {
+            json_patch::patch(mutated.as_mut().expect("only what is there is patched"), &patch)
+                .expect("a patch of ours applies");
+        }
+        let verdict = validate(&Request { object: mutated.as_ref(), ..request }, &facts, now());
+        (mutated, verdict)
+    }
+
+    /// The pod as the StatefulSet's controller makes it, placed as the fixture says. One that names its owners itself is
+    /// taken as it is.
+    fn pod_of_set(&self, placed: Value) -> Value {
+        if placed.pointer("/metadata/ownerReferences").is_some() {
+            return placed;
+        }
+        let set = self.set.as_ref().expect("a pod belongs to a set");
+        let owner = json!({"apiVersion": "apps/v1", "kind": "StatefulSet", "controller": true,
+                           "name": set["metadata"]["name"], "uid": set["metadata"]["uid"]});
+        let mut pod = set["spec"]["template"].clone();
+        pod["metadata"]["ownerReferences"] = json!([owner]);
+        json_patch::merge(&mut pod, &placed);
+        pod
+    }
+}
+
+/// The document with every `mark` in its strings replaced.
+fn replaced(document: Value, mark: &str, by: &str) -> Value {
+    serde_json::from_str(&document.to_string().replace(mark, by)).unwrap()
 }
 
 /// Plays a fixture and returns the last object and the last verdict.
-fn play(text: &str) -> (Value, Verdict) {
+fn play(fixture: &str) -> (Value, Verdict) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
     let mut facts = ClusterFacts::default();
     facts.config =
-        Config { storage_class: header(text, "configured-class").map(str::to_owned), ..facts.config };
+        Config { storage_class: header(fixture, "configured-class").map(str::to_owned), ..facts.config };
+    let mut world = World { facts, set: None, objects: BTreeMap::new(), user: scheduler() };
     for class in documents(&std::fs::read_to_string(root.join("classes.yaml")).unwrap()) {
-        add_fact(&mut facts, &class);
+        world.play(class, fixture);
     }
-    let mut last: Option<(Value, Verdict)> = None;
-    for document in documents(text) {
-        if !["StatefulSet", "Scale"].contains(&document["kind"].as_str().unwrap()) {
-            add_fact(&mut facts, &document);
-            continue;
-        }
-        let before = last.take().map(|(object, verdict)| {
+    let mut steps = documents(fixture);
+    let last = steps.pop().expect("a fixture has a document");
+    for step in steps {
+        if let Some((_, verdict)) = world.play(step, fixture) {
             assert!(verdict.allowed, "a step before the last is denied: {}", verdict.message);
-            object
-        });
-        let merges = document["kind"] == "StatefulSet" && header(text, "then") != Some("replace");
-        let mut after = document;
-        if let Some(before) = before.as_ref().filter(|_| merges) {
-            let change = std::mem::replace(&mut after, before.clone());
-            json_patch::merge(&mut after, &change);
         }
-        last = Some(admit(&facts, before.as_ref(), &after));
     }
-    last.expect("a fixture has a StatefulSet")
+    world.user = User { name: "eve".to_owned(), groups: Vec::new() };
+    if let Some(who) = header(fixture, "as") {
+        let mut words =
+            who.split_whitespace().map(|word| word.replace("HOWDAH", &Config::default().namespace));
+        world.user = User { name: words.next().unwrap(), groups: words.collect() };
+    }
+    world.play(last, fixture).expect("the last document is judged")
 }
 
 /// Whether every field of `part` stands in `whole`; null means absent.
@@ -134,7 +289,8 @@ fn fixtures(rule: &str) -> BTreeMap<String, PathBuf> {
 fn fixtures_are_judged_as_their_names_say() {
     for rule in &RULES {
         let fixtures = fixtures(rule.id);
-        for kind in ["allow-", "deny-"] {
+        let kinds = if rule.refusal == Refusal::Advice { &["allow-"][..] } else { &["allow-", "deny-"] };
+        for kind in kinds {
             assert!(fixtures.keys().any(|name| name.starts_with(kind)), "{} has no {kind}fixture", rule.id);
         }
         for (name, path) in &fixtures {
@@ -161,6 +317,9 @@ fn fixtures_are_judged_as_their_names_say() {
             }
             if verdict.allowed {
                 continue;
+            }
+            if let Some(code) = header(&text, "code") {
+                assert_eq!(verdict.code.to_string(), code, "{}", verdict.message);
             }
             assert!(verdict.causes.iter().all(|cause| cause.rule == rule.id), "{}", verdict.message);
             for outcome in verdict.outcomes.iter().filter(|outcome| outcome.effect == Effect::Deny) {
@@ -389,7 +548,8 @@ proptest! {
         }
         let before = validate(&request(None, &object), &facts(), now());
         let after = validate(&request(None, &mutated), &facts(), now());
-        for outcome in &after.outcomes {
+        // What only warns (a configured class that could be better) is the operator's choice.
+        for outcome in after.outcomes.iter().filter(|outcome| outcome.finding.weight != Weight::Warning) {
             let known = before.outcomes.iter().any(|known| known.finding.field == outcome.finding.field
                 && known.rule.id == outcome.rule.id);
             prop_assert!(known, "new after the defaults: {:?}", outcome.finding);

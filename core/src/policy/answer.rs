@@ -30,7 +30,14 @@ pub(super) fn conclude(verdict: &mut Verdict, governing: &Value, request: &Reque
                 verdict.causes.push(Cause { rule: rule.id, field: finding.field.clone(), message });
             }
             Effect::Warn if verdict.warnings.len() < WARNINGS_MAX => {
-                let text = format!("howdah {}: {} is {found}{because}", rule.id, finding.field);
+                let field = &finding.field;
+                let mut text = format!("howdah {}: {field} is {found}{because}", rule.id);
+                if text.chars().count() > WARNING_CHARS_MAX {
+                    // Where it does not fit, what was found says more than the beginning of the path to it.
+                    let prefixes = ["spec.template.spec.", "spec."];
+                    let rest = prefixes.iter().find_map(|prefix| field.strip_prefix(prefix)).unwrap_or(field);
+                    text = format!("howdah {}: {rest} is {found}{because}", rule.id);
+                }
                 verdict.warnings.push(shortened(&text, WARNING_CHARS_MAX));
             }
             Effect::Warn | Effect::Audit | Effect::Exempt | Effect::Open => {}

@@ -4,9 +4,11 @@
 //! the empty class means a volume that exists already, and a claim that is bound has the driver of its volume.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use serde_json::Value;
 
+use super::layout::{Ground, places};
 use super::{ClusterFacts, Finding, Request, Target, Weight, json};
 
 /// Marks the class that claims without one get.
@@ -87,6 +89,8 @@ pub struct Volume {
     pub claim: Option<(String, String)>,
     /// What the CSI driver is told about it: for one that was provisioned, the parameters of its class at that time.
     pub attributes: BTreeMap<String, String>,
+    /// The node it can be mounted on, where that is only one.
+    pub node: Option<String>,
 }
 
 impl Volume {
@@ -102,8 +106,18 @@ impl Volume {
                 .unwrap_or_else(|| "Retain".to_owned()),
             claim,
             attributes: json::strings(object, &["spec", "csi", "volumeAttributes"]),
+            node: only_node_of(object),
         }
     }
+}
+
+/// The one node a volume can be mounted on: the one it is bound to, or whose disk it is.
+fn only_node_of(volume: &Value) -> Option<String> {
+    let terms = json::list(volume, &["spec", "nodeAffinity", "required", "nodeSelectorTerms"]);
+    let bound = super::node_pinning::only_node(terms).map(str::to_owned);
+    let on_a_disk =
+        || json::at(volume, &["spec", "hostPath"]).or_else(|| json::at(volume, &["spec", "local"]));
+    bound.or_else(|| on_a_disk().map(|_| "the node whose disk it is".to_owned()))
 }
 
 /// What has to be looked up before a request can be judged.
@@ -154,6 +168,10 @@ pub(super) struct DataClaim<'a> {
     pub field: String,
     /// Name of the claim of the first pod.
     pub name: String,
+    /// Name of the volume in the pod.
+    pub volume: &'a str,
+    /// Whether a part of the database is known to lie on it.
+    pub holds_database: bool,
     /// The template it is made from; `None` for a claim the pod names.
     template: Option<&'a Value>,
 }
@@ -162,6 +180,22 @@ impl DataClaim<'_> {
     /// Whether the claim is made from a template, and with it belongs to the StatefulSet.
     pub fn is_templated(&self) -> bool {
         self.template.is_some()
+    }
+
+    /// How it may be mounted; empty when that is not known.
+    pub fn access_modes(&self, facts: &ClusterFacts) -> Vec<String> {
+        match self.template {
+            Some(template) => access_modes_of(template),
+            None => facts.claims.get(&self.name).map(|claim| claim.access_modes.clone()).unwrap_or_default(),
+        }
+    }
+
+    /// A field of its spec where it is made from a template; else where the pod names it.
+    pub fn field_of(&self, name: &str) -> String {
+        match self.template {
+            Some(_) => format!("spec.volumeClaimTemplates[{}].spec.{name}", self.volume),
+            None => self.field.clone(),
+        }
     }
 }
 
@@ -174,6 +208,31 @@ pub(super) struct Backing {
     pub provisioner: String,
     /// Whether the data is deleted with the claim.
     pub reclaimed: bool,
+    /// What the provisioner or the driver is told.
+    pub parameters: BTreeMap<String, String>,
+    /// The node it can be mounted on, where that is only one.
+    pub node: Option<String>,
+}
+
+impl Backing {
+    /// Where the images lie; `None` when that is not known.
+    pub fn pool(&self) -> Option<Pool> {
+        let parameter = |key: &str| self.parameters.get(key).filter(|value| !value.is_empty()).cloned();
+        Some(Pool { cluster: parameter("clusterID")?, pool: parameter("pool")? })
+    }
+}
+
+/// A pool of a Ceph cluster: images of one can be snapshotted at the same instant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Pool {
+    cluster: String,
+    pool: String,
+}
+
+impl fmt::Display for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.cluster, self.pool)
+    }
 }
 
 /// Why nothing is known to stand behind a claim.
@@ -204,8 +263,19 @@ impl Unresolved {
     }
 }
 
+/// The claims that hold the database; all of them where it is not known on which it lies.
+pub(super) fn database_claims(object: &Value) -> Vec<DataClaim<'_>> {
+    let mut claims = data_claims(object);
+    if claims.iter().any(|claim| claim.holds_database) {
+        claims.retain(|claim| claim.holds_database);
+    }
+    claims
+}
+
 /// Every claim of a StatefulSet.
 pub(super) fn data_claims(object: &Value) -> Vec<DataClaim<'_>> {
+    let places = places(object);
+    let holds = |volume: &str| places.iter().any(|place| place.ground == Ground::Claim(volume));
     let set = json::string(object, &["metadata", "name"]).unwrap_or_default();
     let ordinal = json::integer(object, &["spec", "ordinals", "start"]).unwrap_or(0);
     let name_of = |value| json::string(value, &["name"]).unwrap_or("?");
@@ -216,6 +286,8 @@ pub(super) fn data_claims(object: &Value) -> Vec<DataClaim<'_>> {
         .map(|template| DataClaim {
             field: format!("spec.volumeClaimTemplates[{}].spec.storageClassName", template_name(template)),
             name: format!("{}-{set}-{ordinal}", template_name(template)),
+            volume: template_name(template),
+            holds_database: holds(template_name(template)),
             template: Some(template),
         })
         .collect();
@@ -229,6 +301,8 @@ pub(super) fn data_claims(object: &Value) -> Vec<DataClaim<'_>> {
             claims.push(DataClaim {
                 field: format!("{path}[{}].persistentVolumeClaim.claimName", name_of(volume)),
                 name: claim.to_owned(),
+                volume: name_of(volume),
+                holds_database: holds(name_of(volume)),
                 template: None,
             });
         }
@@ -296,6 +370,8 @@ fn resolve_class(name: Option<&str>, facts: &ClusterFacts) -> Result<Backing, Un
             what: format!("class {name}"),
             provisioner: class.provisioner.clone(),
             reclaimed: class.reclaim_policy == "Delete",
+            parameters: class.parameters.clone(),
+            node: None,
         }),
         None => {
             let fix = "name a storage class of Ceph RBD that exists (kubectl get storageclass)";
@@ -310,6 +386,8 @@ fn resolve_volume(name: &str, facts: &ClusterFacts) -> Result<Backing, Unresolve
             what: format!("volume {name}"),
             provisioner: volume.driver.clone().unwrap_or_else(|| "no CSI driver".to_owned()),
             reclaimed: volume.reclaim_policy == "Delete",
+            parameters: volume.attributes.clone(),
+            node: volume.node.clone(),
         }),
         None => {
             let fix = "create the volume before the StatefulSet";

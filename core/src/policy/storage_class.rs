@@ -4,20 +4,21 @@
 //! promises, and would find that out during the first backup.
 //!
 //! **Fields.** The class of every claim template, and every claim the pod names, followed to the provisioner: through
-//! the default class, the legacy annotation, and volumes that exist already (by their CSI driver).
+//! the default class, the legacy annotation, and volumes that exist already (by their CSI driver). Where it is known on
+//! which of them the database lies, the others (dumps on a file share, say) are nobody's concern.
 //!
 //! **Fix.** Name a class whose provisioner is `rbd.csi.ceph.com` or `<operator namespace>.rbd.csi.ceph.com`.
 
 use serde_json::{Value, json};
 
-use super::claims::{class_named_by, data_claims, resolve};
+use super::claims::{class_named_by, database_claims, resolve};
 use super::{Check, ClusterFacts, Filling, Finding, Refusal, Rule, Subject, Target, json as raw};
 use crate::volume::is_rbd_driver;
 
 /// The rule.
 pub const RULE: Rule = Rule {
     id: "storage-class",
-    intent: "Every claim is on Ceph RBD, where it can be snapshotted, fenced and restored.",
+    intent: "The database is on Ceph RBD, where it can be snapshotted, fenced and restored.",
     fields: &[
         "spec.volumeClaimTemplates[*].spec.storageClassName",
         "spec.template.spec.volumes[*].persistentVolumeClaim.claimName",
@@ -36,7 +37,7 @@ const WANTED: &str = "a class of Ceph RBD (provisioner rbd.csi.ceph.com or *.rbd
 
 fn check(subject: &Subject<'_>) -> Vec<Finding> {
     let mut findings = Vec::new();
-    for claim in data_claims(subject.object) {
+    for claim in database_claims(subject.object) {
         match resolve(&claim, subject.request.namespace, subject.facts) {
             Ok(backing) if is_rbd_driver(&backing.provisioner) => {}
             Ok(backing) => {

@@ -3,7 +3,9 @@
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::{Check, ClusterFacts, Finding, Request, Rule, Subject, User, readable_settings};
+use super::{
+    Check, ClusterFacts, Finding, Operation, Request, Rule, Subject, Target, User, readable_settings,
+};
 
 /// Noon of 22 November 2026.
 pub(crate) fn now() -> Timestamp {
@@ -33,4 +35,23 @@ pub(crate) fn check(
 /// Somebody without special rights.
 pub(crate) fn somebody() -> User {
     User { name: "eve".to_owned(), groups: vec!["system:authenticated".to_owned()] }
+}
+
+/// A deletion in the namespace `shop` by `user`.
+pub(crate) fn deletion<'a>(
+    target: Target,
+    old: &'a Value,
+    user: &'a User,
+    grace_s: Option<i64>,
+) -> Request<'a> {
+    Request {
+        operation: Operation::Delete,
+        target,
+        namespace: "shop",
+        name: "",
+        object: None,
+        old_object: Some(old),
+        user: Some(user),
+        grace_s,
+    }
 }

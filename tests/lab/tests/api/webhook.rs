@@ -243,6 +243,17 @@ impl Webhook {
         send(&self.client, &self.path(path), request).await
     }
 
+    /// The same as somebody else, who has every right that RBAC can give.
+    pub async fn send_as(&self, who: &Who, path: &str, request: impl FnOnce(Request) -> Raw) -> Answer {
+        let as_somebody = |path: Request| request(path).map(|request| who.sign(request));
+        send(&self.client, path, as_somebody).await
+    }
+
+    /// The namespace that howdah takes for its own.
+    pub fn system(&self) -> &str {
+        &self.system
+    }
+
     /// The API path of a resource in the namespace of the test.
     fn path(&self, resource: &str) -> String {
         match resource {
@@ -312,7 +323,30 @@ impl Drop for Webhook {
     }
 }
 
-type Raw = Result<http::Request<Vec<u8>>, kube::core::request::Error>;
+/// Whom a request is made as.
+#[derive(Debug, Clone)]
+pub struct Who(Vec<String>);
+
+impl Who {
+    /// A user and its groups, in this order.
+    pub fn new(words: impl IntoIterator<Item = String>) -> Self {
+        Self(words.into_iter().collect())
+    }
+
+    /// Adds the headers of an impersonation. The last group is past RBAC, so that admission decides.
+    fn sign(&self, mut request: http::Request<Vec<u8>>) -> http::Request<Vec<u8>> {
+        let headers = request.headers_mut();
+        let (user, groups) = self.0.split_first().expect("somebody has a name");
+        headers.insert("impersonate-user", user.parse().unwrap());
+        for group in groups.iter().map(String::as_str).chain(["system:masters"]) {
+            headers.append("impersonate-group", group.parse().unwrap());
+        }
+        request
+    }
+}
+
+/// What makes a request.
+pub type Raw = Result<http::Request<Vec<u8>>, kube::core::request::Error>;
 
 /// One request to the API server.
 pub async fn send(client: &Client, path: &str, request: impl FnOnce(Request) -> Raw) -> Answer {
