@@ -76,10 +76,11 @@ impl Effects<'_> {
         preflight::volume_fit(&volume, pod.is_some())?;
         let ceph = self.ceph.insert(connect_ceph(self.cx).await?).clone();
         let image = volume.image_spec();
-        let info = ceph.info(&image).await.map_err(of_ceph)?;
-        let watchers = ceph.watchers(&image).await.map_err(of_ceph)?;
+        // Each is a process of its own that has to connect first: together they take as long as one.
+        let (info, watchers, snapshots) =
+            tokio::try_join!(ceph.info(&image), ceph.watchers(&image), ceph.snapshots(&image))
+                .map_err(of_ceph)?;
         let addresses: Vec<String> = watchers.iter().map(|watcher| ip_of(&watcher.address)).collect();
-        let snapshots = ceph.snapshots(&image).await.map_err(of_ceph)?;
         let own = self.order.snapshot_name();
         let state = match &pod {
             None => {
