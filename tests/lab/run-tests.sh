@@ -10,8 +10,16 @@ lab=$CARGO_TARGET_DIR/debug/howdah-lab
 # Emulated nodes and two cores: more parallel tests only wait for each other.
 threads=2
 
+build=
+build_log=$(mktemp)
 finish() {
     status=$?
+    if [ -n "$build" ]; then
+        # It may have ended by itself, which is as good.
+        kill "$build" 2>/dev/null || true
+        wait "$build" || true
+    fi
+    rm -f "$build_log"
     if [ "$status" != 0 ]; then
         "$lab" status >&2 || true
     fi
@@ -29,10 +37,19 @@ run() {
 
 # What a killed run left would be taken for this one's.
 "$lab" down
+# What the nodes are made of takes minutes to compile, and the tests below mostly wait.
+nice "$lab" build >"$build_log" 2>&1 &
+build=$!
 run "API level (control plane only)" --test api -- --test-threads="$threads"
 # The API tests make storage classes of their own under Rook's names; Rook's are immutable.
 "$lab" down
 run "storage level (Ceph and PostgreSQL)" --test storage -- --test-threads="$threads"
+if ! wait "$build"; then
+    build=
+    cat "$build_log" >&2
+    exit 1
+fi
+build=
 "$lab" up --nodes 3
 run "cluster level (three nodes, howdah installed)" --test cluster -- --test-threads="$threads"
 "$lab" down
