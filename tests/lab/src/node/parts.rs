@@ -62,21 +62,23 @@ impl Parts {
     }
 }
 
-/// Builds the parts, or finds them in the cache. The two long compilations run beside the images, most of whose
-/// time is waiting for downloads.
+/// Builds the parts, or finds them in the cache. The long compilations run beside the root tree and the images, most
+/// of whose time is waiting for downloads.
 pub fn build() -> Result<Parts> {
-    let (kubernetes, containerd, images) = thread::scope(|scope| {
-        let kubernetes = scope.spawn(control_plane::binaries);
+    let (root, containerd, images) = thread::scope(|scope| {
         let product = scope.spawn(set::product);
+        let root = scope.spawn(|| {
+            let (containerd, kubernetes) = (set::containerd_binaries()?, control_plane::binaries()?);
+            root(&kubernetes, &containerd, &storage::driver_binary()?)
+        });
         let own = set::containerd_binaries().and_then(|binaries| Ok((set::own(&binaries)?, binaries)));
         let joined = |_| anyhow!("build what nodes are made of: a thread panicked");
-        let kubernetes = kubernetes.join().map_err(joined)?;
+        let root = root.join().map_err(joined)?;
         let product = product.join().map_err(joined)?;
         let (mut images, containerd) = own?;
         images.extend(product?);
-        anyhow::Ok((kubernetes?, containerd, images))
+        anyhow::Ok((root?, containerd, images))
     })?;
-    let root = root(&kubernetes, &containerd, &storage::driver_binary()?)?;
     let image_disk = store::disk(&images, &containerd)?;
     Ok(Parts {
         kernel: root.join("vmlinuz"),
