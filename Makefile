@@ -55,11 +55,6 @@ test-core: ## Tests that need no lab: the pure core, unit tests, the tidy tests
 test-lab: lab-binary ## Tests on real parts: control plane, Ceph, PostgreSQL, virtual-machine nodes
 	tests/lab/run-tests.sh
 
-.PHONY: test-unproven
-test-unproven: lab-binary ## Tests that have not passed yet or not lately: broken nodes, the proof by a clone, volumes under pods
-	HOWDAH_LAB=test $(LAB) up --nodes 3
-	HOWDAH_LAB=test cargo test --workspace --locked --no-fail-fast --test cluster --test nodes -- --include-ignored --test-threads=1
-
 .PHONY: lab-binary
 lab-binary:
 	cargo build --workspace --bins --locked

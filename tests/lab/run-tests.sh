@@ -52,5 +52,7 @@ fi
 build=
 "$lab" up --nodes 3
 run "cluster level (three nodes, howdah installed)" --test cluster -- --test-threads="$threads"
+# These break nodes, so nothing else may use them meanwhile.
+run "broken nodes" --test nodes -- --test-threads=1
 "$lab" down
 run "the lab itself" --test lab -- --test-threads=1
