@@ -8,6 +8,8 @@ use howdah_lab::lab::Lab;
 use howdah_lab::testing::shared_name;
 
 mod backup;
+mod database;
+mod drain;
 mod installed;
 mod storage;
 

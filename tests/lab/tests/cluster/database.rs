@@ -1,0 +1,85 @@
+//! A protected database that runs on the nodes, as a user would have it.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use howdah_adapters::records::PostgresBackup;
+use howdah_core::backup::{BackupStatus, Phase};
+use howdah_lab::lab::Lab;
+use howdah_lab::repository;
+use howdah_lab::storage::claim::wait_slowly;
+use howdah_lab::testing::TempNamespace;
+use kube::ResourceExt as _;
+use serde_json::Value;
+
+use crate::lab;
+
+/// initdb alone takes 17 s on an emulated node; a busy one, several times that.
+pub const START_LIMIT: &str = "--timeout=420s";
+/// A backup takes some 40 s on busy emulated nodes; its schedule comes round every half minute, and another test takes
+/// the leading scheduler away meanwhile.
+pub const BACKUP_LIMIT: Duration = Duration::from_secs(480);
+const SCHEDULE: &str = "howdah.dev/schedule=*/30 * * * * *";
+
+/// The database of deploy/examples/postgres.yaml, in a namespace of its own.
+pub struct Database {
+    pub lab: Lab,
+    pub namespace: TempNamespace,
+}
+
+impl Database {
+    pub fn start() -> Result<Self> {
+        let lab = lab()?;
+        let namespace = lab.namespace("backup")?;
+        let database = Self { lab, namespace };
+        let manifest = repository::root().join("deploy/examples/postgres.yaml");
+        database.kubectl(&["apply", "-f", manifest.to_str().context("write the path as text")?])?;
+        // Nothing is backed up before the test says so.
+        database.annotate(&["howdah.dev/suspend=true", SCHEDULE, "howdah.dev/retention=last=2"])?;
+        database.kubectl(&["rollout", "status", "statefulset/db", START_LIMIT])?;
+        Ok(database)
+    }
+
+    pub fn kubectl(&self, args: &[&str]) -> Result<String> {
+        self.lab.kubectl_ok(&[&["-n", self.namespace.name()], args].concat())
+    }
+
+    pub fn annotate(&self, annotations: &[&str]) -> Result<String> {
+        self.kubectl(&[&["annotate", "--overwrite", "statefulset", "db"], annotations].concat())
+    }
+
+    pub fn address(&self, pod: &str) -> Result<String> {
+        self.kubectl(&["get", "pod", pod, "-o", "jsonpath={.status.podIP}"])
+    }
+
+    /// Name and status of the backups, by name, which is by slot.
+    pub fn backups(&self) -> Result<Vec<(String, BackupStatus)>> {
+        let list: Value = serde_json::from_str(&self.kubectl(&["get", "pgb", "-o", "json"])?)?;
+        let items = list["items"].as_array().context("read the list of backups")?;
+        let mut backups = Vec::new();
+        for item in items {
+            let backup: PostgresBackup = serde_json::from_value(item.clone())?;
+            backups.push((backup.name_any(), backup.status.unwrap_or_default()));
+        }
+        backups.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(backups)
+    }
+
+    pub fn taken(&self) -> Result<Vec<(String, BackupStatus)>> {
+        let all = self.backups()?.into_iter();
+        Ok(all.filter(|(_, status)| status.phase == Phase::Taken).collect())
+    }
+
+    pub fn wait(&self, what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
+        let mut last = None;
+        let reached = wait_slowly(BACKUP_LIMIT, || {
+            condition().unwrap_or_else(|error| {
+                last = Some(error);
+                false
+            })
+        });
+        let seen = self.backups();
+        ensure!(reached, "wait for {what}: {last:?}\n{seen:#?}");
+        Ok(())
+    }
+}

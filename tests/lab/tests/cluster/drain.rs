@@ -1,0 +1,124 @@
+//! What administrators and controllers do to nodes and namespaces goes on, whatever howdah protects: a drain waits for a
+//! backup and then moves the database, a taint moves it too, and a namespace with it goes when it is deleted. Only what
+//! would risk a second writer is refused.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use howdah_core::backup::Phase;
+use howdah_lab::demo::load;
+use howdah_lab::lab::Lab;
+use howdah_lab::storage::claim::wait_slowly;
+
+use crate::database::{BACKUP_LIMIT, Database, START_LIMIT};
+
+/// A pod that leaves its node shuts PostgreSQL down, detaches, attaches elsewhere and recovers.
+const MOVE_LIMIT: Duration = Duration::from_secs(420);
+/// A drain may have to wait for a whole backup, and then for the pod's end.
+const DRAIN_LIMIT: &str = "--timeout=400s";
+/// Backups that the drain may miss the middle of before the test gives up.
+const TRIES_MAX: usize = 4;
+/// Rows that must come along.
+const ROWS: u64 = 1000;
+
+/// A node that is schedulable and untainted again at the end.
+struct Node<'a> {
+    lab: &'a Lab,
+    name: String,
+}
+
+impl Drop for Node<'_> {
+    fn drop(&mut self) {
+        for args in [&["uncordon", &self.name][..], &["taint", "node", &self.name, "howdah.test/move-"]] {
+            // It may carry no taint; there is nobody to tell.
+            let _ = self.lab.kubectl_ok(args);
+        }
+    }
+}
+
+impl<'a> Node<'a> {
+    /// The node that the database runs on.
+    fn of(database: &'a Database) -> Result<Self> {
+        let name = database.kubectl(&["get", "pod", "db-0", "-o", "jsonpath={.spec.nodeName}"])?;
+        ensure!(!name.is_empty(), "the pod has no node");
+        Ok(Self { lab: &database.lab, name })
+    }
+}
+
+/// Waits until the database is Ready on another node and has the rows it had.
+fn moved(database: &Database, from: &str, rows: u64) -> Result<()> {
+    let path = "jsonpath={.spec.nodeName} {.status.conditions[?(@.type=='Ready')].status}";
+    let elsewhere = || {
+        let said = database.kubectl(&["get", "pod", "db-0", "-o", path]).unwrap_or_default();
+        said.strip_suffix(" True").is_some_and(|node| !node.is_empty() && node != from)
+    };
+    ensure!(wait_slowly(MOVE_LIMIT, elsewhere), "{}", database.kubectl(&["describe", "pod", "db-0"])?);
+    database.kubectl(&["rollout", "status", "statefulset/db", START_LIMIT])?;
+    let address = database.address("db-0")?;
+    database.wait("SQL after the move", || Ok(count(database, &address)? == rows))
+}
+
+fn count(database: &Database, address: &str) -> Result<u64> {
+    let answer = load::ask(&database.lab, address, "select count(*) from kept")?;
+    answer.trim().parse().with_context(|| format!("read the count {answer:?}"))
+}
+
+/// Whether a backup is in backup mode or takes its snapshot now.
+fn held(database: &Database) -> Result<bool> {
+    let holding = [Phase::StartingBackupMode, Phase::Snapshotting];
+    Ok(database.backups()?.iter().any(|(_, status)| holding.contains(&status.phase)))
+}
+
+/// Drains the database's node when a backup is in its middle, which lasts some ten seconds here; says whether the drain
+/// was told to wait, or came when that was over. It moves the database in either case.
+fn drain_in_a_backup(database: &Database) -> Result<bool> {
+    let node = Node::of(database)?;
+    database.annotate(&["howdah.dev/suspend=false"])?;
+    database.wait("a backup in its middle", || held(database))?;
+    let mut drain = database.lab.command(database.lab.path("bin/kubectl"));
+    drain.args(["drain", &node.name, "--pod-selector=howdah.dev/protect=true", DRAIN_LIMIT]);
+    let output = drain.stdin(Stdio::null()).output().context("run kubectl drain")?;
+    database.annotate(&["howdah.dev/suspend=true"])?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "the drain failed: {said}");
+    moved(database, &node.name, ROWS)?;
+    Ok(said.contains("will retry after 5s") && said.contains("[eviction]"))
+}
+
+#[test]
+fn a_drain_waits_for_a_backup_and_nothing_but_force_is_stopped() -> Result<()> {
+    let database = Database::start()?;
+    let address = database.address("db-0")?;
+    load::ask(&database.lab, &address, "create table kept as select generate_series(1, 1000) as n")?;
+
+    let forced = database.kubectl(&["delete", "pod", "db-0", "--force", "--grace-period=0"]);
+    let refused = forced.err().context("force-delete the pod: howdah let it pass")?.to_string();
+    ensure!(refused.contains("force-delete"), "{refused}");
+
+    let mut waited = false;
+    for _ in 0..TRIES_MAX {
+        waited = drain_in_a_backup(&database)?;
+        if waited {
+            break;
+        }
+    }
+    ensure!(waited, "no drain of {TRIES_MAX} that came in the middle of a backup was told to wait");
+
+    // A taint's eviction and the kubelet's last word, a delete without grace, come from the cluster itself.
+    let node = Node::of(&database)?;
+    database.wait("no open backup", || {
+        Ok(database.backups()?.iter().all(|(_, status)| status.phase.is_terminal()))
+    })?;
+    database.lab.kubectl_ok(&["taint", "node", &node.name, "howdah.test/move=now:NoExecute"])?;
+    moved(&database, &node.name, ROWS)?;
+    drop(node);
+
+    // A namespace goes with everything in it: claims and pods of a protected set do not hold it.
+    let namespace = database.namespace.name().to_owned();
+    database.lab.kubectl_ok(&["delete", "namespace", &namespace, "--wait=false"])?;
+    let left = ["get", "namespace", &namespace, "--ignore-not-found", "-o", "name"];
+    let gone = wait_slowly(BACKUP_LIMIT, || database.lab.kubectl_ok(&left).is_ok_and(|left| left.is_empty()));
+    ensure!(gone, "{}", database.lab.kubectl_ok(&["get", "namespace", &namespace, "-o", "yaml"])?);
+    Ok(())
+}
