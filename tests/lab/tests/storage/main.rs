@@ -6,3 +6,5 @@ mod ceph;
 mod postgres;
 mod scheduler;
 mod server;
+mod stage;
+mod versions;
