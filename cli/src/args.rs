@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+use howdah_core::annotations::Consistency;
 
 /// Look after PostgreSQL StatefulSets that howdah protects.
 #[derive(Debug, Parser)]
@@ -25,6 +26,11 @@ pub enum Command {
     Lint(crate::lint::LintArgs),
     /// Let the scheduler read the credentials in a namespace, so that its backups are online ones.
     Protect(ProtectArgs),
+    /// Take a backup now, whatever the schedule says.
+    ///
+    /// Exit codes: 0 the backup is taken (without --wait: ordered), 1 it was refused or failed, 3 it goes on but was not
+    /// over within --timeout-seconds.
+    Backup(BackupArgs),
     /// Show which backups of a database its retention policy keeps, and why.
     Prune(PruneArgs),
 }
@@ -54,6 +60,26 @@ pub struct ProtectArgs {
     pub dry_run: bool,
 }
 
+/// Arguments of `backup`.
+#[derive(Debug, clap::Args)]
+pub struct BackupArgs {
+    /// The StatefulSet.
+    pub name: String,
+    /// The namespace; else the one of the current context.
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+    /// `online`, `crash` or `offline`: exactly this or a failure. Else what the StatefulSet is annotated with, or the
+    /// best that is possible.
+    #[arg(long, value_name = "CLASS")]
+    pub consistency: Option<Consistency>,
+    /// Wait until it is over and tell each step on standard error. Ctrl-C ends the waiting, not the backup.
+    #[arg(long)]
+    pub wait: bool,
+    /// How long to wait; a backup tries for half an hour before it fails.
+    #[arg(long, requires = "wait", default_value_t = 2400)]
+    pub timeout_seconds: u64,
+}
+
 /// Arguments of `prune`.
 #[derive(Debug, clap::Args)]
 pub struct PruneArgs {
@@ -75,6 +101,12 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn a_class_that_does_not_exist_is_refused() {
+        assert!(Args::try_parse_from(["x", "backup", "db", "--consistency", "online", "--wait"]).is_ok());
+        assert!(Args::try_parse_from(["x", "backup", "db", "--consistency", "best"]).is_err());
     }
 
     #[test]

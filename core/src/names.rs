@@ -70,15 +70,25 @@ pub const IMAGE_META_PREFIX: &str = "howdah.dev/backup/";
 
 /// Longest name of a Kubernetes object (a DNS subdomain).
 const OBJECT_NAME_MAX: usize = 253;
-/// A hyphen and fourteen digits: what [`backup_name`] adds to the name of the StatefulSet.
-const SLOT_SUFFIX_LEN: usize = 15;
+/// `-m-` and fourteen digits: the most that is added to the name of the StatefulSet.
+const SLOT_SUFFIX_LEN: usize = 17;
 
 /// Name of the `PostgresBackup` of `slot`; creating it is what reserves the slot.
 #[must_use]
 pub fn backup_name(stateful_set: &str, slot: Timestamp) -> String {
+    format!("{}-{}", beginning(stateful_set), slot.strftime("%Y%m%d%H%M%S"))
+}
+
+/// Name of a `PostgresBackup` that the command line asks for at `now`; no slot of a schedule has it.
+#[must_use]
+pub fn manual_backup_name(stateful_set: &str, now: Timestamp) -> String {
+    format!("{}-m-{}", beginning(stateful_set), now.strftime("%Y%m%d%H%M%S"))
+}
+
+/// As much of a StatefulSet's name as leaves room for a slot.
+fn beginning(stateful_set: &str) -> &str {
     let limit = OBJECT_NAME_MAX - SLOT_SUFFIX_LEN;
-    let name = stateful_set.get(..limit.min(stateful_set.len())).unwrap_or(stateful_set);
-    format!("{name}-{}", slot.strftime("%Y%m%d%H%M%S"))
+    stateful_set.get(..limit.min(stateful_set.len())).unwrap_or(stateful_set)
 }
 
 /// Name of the snapshot of a scheduled backup.
@@ -121,6 +131,7 @@ mod tests {
     #[test]
     fn names_derive_from_the_slot() {
         assert_eq!(backup_name("pg", slot()), "pg-20261122030000");
+        assert_eq!(manual_backup_name("pg", slot()), "pg-m-20261122030000");
         assert_eq!(snapshot_name(slot()), "howdah-20261122T030000Z");
         assert_eq!(manual_snapshot_name(slot()), "howdah-m-20261122T030000Z");
         assert_eq!(image_meta_key("howdah-20261122T030000Z"), "howdah.dev/backup/howdah-20261122T030000Z");
@@ -128,7 +139,8 @@ mod tests {
 
     #[test]
     fn a_long_name_still_fits_an_object_name() {
-        assert_eq!(backup_name(&"a".repeat(253), slot()).len(), OBJECT_NAME_MAX);
+        assert!(backup_name(&"a".repeat(253), slot()).len() <= OBJECT_NAME_MAX);
+        assert_eq!(manual_backup_name(&"a".repeat(253), slot()).len(), OBJECT_NAME_MAX);
     }
 
     #[test]
