@@ -10,6 +10,7 @@ mod runner;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use howdah_core::preflight::HealthCheck;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
@@ -161,6 +162,29 @@ struct StatusAnswer {
 }
 
 #[derive(Deserialize)]
+struct LockAnswer {
+    address: String,
+}
+
+#[derive(Deserialize)]
+struct HealthAnswer {
+    #[serde(default)]
+    checks: BTreeMap<String, CheckAnswer>,
+}
+
+#[derive(Deserialize)]
+struct CheckAnswer {
+    summary: MessageAnswer,
+    #[serde(default)]
+    detail: Vec<MessageAnswer>,
+}
+
+#[derive(Deserialize)]
+struct MessageAnswer {
+    message: String,
+}
+
+#[derive(Deserialize)]
 struct SnapshotAnswer {
     id: u64,
     name: String,
@@ -239,6 +263,33 @@ impl Ceph {
         let answer: StatusAnswer =
             self.read(&["status", spec(image)?], &format!("list who uses {image}")).await?;
         Ok(answer.watchers)
+    }
+
+    /// The addresses of the clients that hold a lock of the image, as `address:port/nonce`. A client that died without
+    /// giving its lock back is among them until somebody breaks it.
+    ///
+    /// # Errors
+    /// See [`CephError`].
+    pub async fn lock_owners(&self, image: &str) -> Result<Vec<String>, CephError> {
+        let attempt = format!("list the locks of {image}");
+        let answer: Vec<LockAnswer> = self.read(&["lock", "ls", spec(image)?], &attempt).await?;
+        Ok(answer.into_iter().map(|lock| lock.address).collect())
+    }
+
+    /// What Ceph's own health check finds; the monitors alone answer, also while the cluster is paused.
+    ///
+    /// # Errors
+    /// See [`CephError`].
+    pub async fn health(&self) -> Result<Vec<HealthCheck>, CephError> {
+        let attempt = "read the health of the Ceph cluster";
+        let arguments = ["health", "detail", "--format", "json"];
+        let answer: HealthAnswer = parse(&self.run("ceph", &arguments, READ_LIMIT, attempt).await?, attempt)?;
+        let checks = answer.checks.into_iter().map(|(code, found)| HealthCheck {
+            code,
+            summary: found.summary.message,
+            details: found.detail.into_iter().map(|line| line.message).collect(),
+        });
+        Ok(checks.collect())
     }
 
     /// All snapshots of an image, those in the trash included: they count against its limits.

@@ -209,7 +209,8 @@ mod tests {
 
     #[test]
     fn progress_tells_why_it_waits() {
-        let failure = json!({"step": "Preflight", "kind": "Transient", "reason": "the pod is gone", "cure": "wait"});
+        let failure =
+            json!({"step": "Preflight", "kind": "Transient", "reason": "the pod is gone", "cure": "wait"});
         let waiting = status(
             json!({"phase": "Waiting", "attempt": 2, "retryAt": "2026-11-22T03:00:20Z", "failure": failure}),
         );
@@ -240,7 +241,8 @@ mod tests {
 
     #[test]
     fn a_failure_is_an_error_with_its_cure() {
-        let failure = json!({"step": "Preflight", "kind": "Permanent", "reason": "fsync is off", "cure": "turn it on"});
+        let failure =
+            json!({"step": "Preflight", "kind": "Permanent", "reason": "fsync is off", "cure": "turn it on"});
         let failed = status(json!({"phase": "Failed", "failure": failure}));
         let error = end("shop", "db-m-1", &failed).unwrap_err().to_string();
         assert_eq!(error, "the backup shop/db-m-1 failed in Preflight: fsync is off; turn it on");

@@ -12,6 +12,10 @@ use jiff::{SignedDuration, Timestamp, Zoned};
 /// krbd ends at 510. Under 200 leaves room for snapshots of others.
 pub const SNAPSHOTS_PER_IMAGE_MAX: usize = 190;
 
+/// Most snapshots of everybody that an image may carry when howdah adds one: well below ceph-csi's 450, where its own
+/// snapshots begin to fail, and krbd's 510, where the volume itself does.
+pub const IMAGE_SNAPSHOTS_MAX: usize = 400;
+
 /// Most snapshots deleted in one run: a deletion is paid by every OSD afterwards (snaptrim), and a policy written
 /// by mistake is noticed before it is carried out in full.
 pub const DELETIONS_PER_RUN_MAX: usize = 10;

@@ -21,7 +21,7 @@ use howdah_adapters::kubernetes::{self, Kubernetes};
 use howdah_adapters::leader::{Election, LeaderSettings};
 use howdah_adapters::shutdown::{self, Tasks};
 use howdah_adapters::telemetry::{self, Diagnostics, Readiness};
-use tokio::sync::Semaphore;
+use tokio::sync::{Mutex, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -55,6 +55,7 @@ pub async fn serve(args: Args) -> anyhow::Result<()> {
         kubernetes: Kubernetes::new(client, NAME),
         caches,
         metrics,
+        health: Mutex::new(None),
         args,
     });
 

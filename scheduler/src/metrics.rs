@@ -41,6 +41,8 @@ pub struct Metrics {
     pub pruned: Counter,
     /// Slots that were missed by more than the catch-up deadline.
     pub missed: Counter,
+    /// Times the wall clock was seen to jump.
+    pub clock_jumps: Counter,
     /// Protected databases whose annotations do not parse.
     pub unreadable: Gauge,
 }
@@ -83,6 +85,12 @@ impl Metrics {
                 registry,
                 "slots_missed",
                 "Slots that were missed by more than the catch-up deadline",
+                Counter::default(),
+            ),
+            clock_jumps: added(
+                registry,
+                "clock_jumps",
+                "Times the wall clock was seen to jump by half a minute or more",
                 Counter::default(),
             ),
             unreadable: added(

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use howdah_adapters::kubernetes::{KubernetesError, call};
@@ -16,7 +16,7 @@ use howdah_core::annotations::{self, Settings};
 use howdah_core::backup::{Phase, Trigger};
 use howdah_core::names;
 use howdah_core::schedule::{self, Decision, Known, Waiting};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::apps::v1::StatefulSet;
 use kube::api::{ObjectMeta, PostParams};
 use kube::{Api, ResourceExt as _};
@@ -106,6 +106,8 @@ struct Term {
     reserved: HashMap<String, BTreeSet<Timestamp>>,
     /// Slots already reported as missed.
     missed: HashSet<(String, Timestamp)>,
+    /// The last look at both clocks: the one that cannot jump, and the wall's.
+    clocks: Option<(Instant, Timestamp)>,
 }
 
 /// Namespace and name of a StatefulSet.
@@ -121,6 +123,7 @@ impl Term {
             seen: HashMap::new(),
             reserved: HashMap::new(),
             missed: HashSet::new(),
+            clocks: None,
         }
     }
 
@@ -147,6 +150,7 @@ impl Term {
 
     async fn tick(&mut self, now: Timestamp) {
         self.cx.metrics.ticks.inc();
+        self.watch_clock(now);
         let backups = self.cx.caches.backups();
         let databases = self.cx.caches.databases();
         let mut unreadable = 0;
@@ -161,6 +165,21 @@ impl Term {
         self.measure(&databases, &backups, now);
         self.take_up(&backups);
         self.forget(&databases);
+    }
+
+    /// Says when the wall clock was set: what was due or dated by the old time then looks odd, and is no fault.
+    fn watch_clock(&mut self, now: Timestamp) {
+        let last = self.clocks.replace((Instant::now(), now));
+        let Some((when, before)) = last else { return };
+        let passed = SignedDuration::try_from(when.elapsed()).unwrap_or(SignedDuration::MAX);
+        if let Some(jump) = schedule::clock_jump(passed, before, now) {
+            warn!(
+                jump_s = jump.as_secs(),
+                "the clock was set: see to time synchronisation; no slot is repeated, and backups dated in the future are \
+                 kept until their time has come"
+            );
+            self.cx.metrics.clock_jumps.inc();
+        }
     }
 
     /// Reserves the slot of one database if it is due.

@@ -2,6 +2,9 @@
 //!
 //! Only reads; what they mean is judged by [`howdah_core::preflight`].
 
+use std::time::Duration;
+
+use howdah_adapters::ceph::Ceph;
 use howdah_adapters::kubernetes::{Credentials, KubernetesError, ResolveError, call, is_ready};
 use howdah_adapters::postgres::{ServerFacts, Session as PostgresSession, Target};
 use howdah_core::annotations::{Consistency, Settings};
@@ -11,12 +14,17 @@ use howdah_core::preflight::{self, DEFAULT_DATA_DIRECTORY, Mount, Place, Server}
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 use kube::{Api, ResourceExt as _};
+use tokio::time::Instant;
+use tracing::warn;
 
 use super::{Effects, Held, connect_ceph, of_ceph, of_postgres};
 use crate::context::Context;
 
 /// PostgreSQL's port where the container names none.
 const DEFAULT_PORT: u16 = 5432;
+/// How long an answer of Ceph's health check serves all databases: `ceph` is a Python program and costs as much as the
+/// rest of a preflight.
+const HEALTH_FRESH: Duration = Duration::from_secs(10);
 /// Database that is connected to; it exists unless somebody dropped it, and backup mode is of the whole cluster.
 const DATABASE: &str = "postgres";
 
@@ -76,15 +84,21 @@ impl Effects<'_> {
         preflight::volume_fit(&volume, pod.is_some())?;
         let ceph = self.ceph.insert(connect_ceph(self.cx).await?).clone();
         let image = volume.image_spec();
-        let info = ceph.info(&image).await.map_err(of_ceph)?;
-        let watchers = ceph.watchers(&image).await.map_err(of_ceph)?;
+        // Each is a process of its own that has to connect first: together they take as long as one. While the cluster is
+        // paused the others have no answer, and the health check says why.
+        let (no_room, info, watchers, snapshots) = tokio::try_join!(
+            room(self.cx, &ceph, &volume.pool),
+            async { ceph.info(&image).await.map_err(of_ceph) },
+            async { ceph.watchers(&image).await.map_err(of_ceph) },
+            async { ceph.snapshots(&image).await.map_err(of_ceph) },
+        )?;
         let addresses: Vec<String> = watchers.iter().map(|watcher| ip_of(&watcher.address)).collect();
-        let snapshots = ceph.snapshots(&image).await.map_err(of_ceph)?;
         let own = self.order.snapshot_name();
         let state = match &pod {
             None => {
-                preflight::at_rest(&addresses)?;
-                Database::Stopped
+                let owners = ceph.lock_owners(&image).await.map_err(of_ceph)?;
+                preflight::at_rest(&image, &addresses, &owners)?;
+                Database::Stopped { doubt: preflight::rest_unproven(&image, info.has_exclusive_lock()) }
             }
             Some(pod) => {
                 if !info.has_exclusive_lock() {
@@ -109,6 +123,8 @@ impl Effects<'_> {
                 id: info.id,
             },
             snapshots: snapshots.iter().filter(|s| s.name.starts_with(names::SNAPSHOT_PREFIX)).count(),
+            snapshots_in_all: snapshots.len(),
+            no_room,
             name_taken: snapshots.iter().any(|snapshot| snapshot.name == own),
             database: state,
         })
@@ -145,6 +161,26 @@ impl Effects<'_> {
                 Ok(open)
             }
             Err(error) => Ok(Session::Absent(of_postgres(error))),
+        }
+    }
+}
+
+/// Whether Ceph has room for a backup in `pool`; `Some` when only for deleting old ones.
+async fn room(cx: &Context, ceph: &Ceph, pool: &str) -> Result<Option<Problem>, Problem> {
+    let mut known = cx.health.lock().await;
+    if let Some((_, checks)) = known.as_ref().filter(|(when, _)| when.elapsed() < HEALTH_FRESH) {
+        return preflight::cluster_fit(checks, pool);
+    }
+    match ceph.health().await {
+        Ok(checks) => {
+            let fit = preflight::cluster_fit(&checks, pool);
+            *known = Some((Instant::now(), checks));
+            fit
+        }
+        // It only says sooner what the other commands would run into.
+        Err(error) => {
+            warn!(error = %error, "look at the health of Ceph: going on without");
+            Ok(None)
         }
     }
 }

@@ -78,20 +78,28 @@ impl Mapping {
         self.client.signal(Signal::SIGSTOP)
     }
 
+    /// Ends the client as a node's loss of power does: it keeps its lock, and nobody unmounts.
+    pub fn lose(self) -> Result<()> {
+        self.client.signal(Signal::SIGKILL)
+    }
+
     /// Lets it run again.
     pub fn thaw(&self) -> Result<()> {
         self.client.signal(Signal::SIGCONT)
     }
 
-    fn close(&self) -> Result<()> {
+    fn close(&mut self) -> Result<()> {
         self.thaw()?;
-        let mut left = None;
-        let unmounted = wait_until(CLOSE_LIMIT, || {
-            left = unmount(&self.path()).err();
-            left.is_none()
-        });
-        if !unmounted {
-            eprintln!("unmount {}: {left:?}; it is taken off by force", self.path().display());
+        // One whose client is dead cannot be left in order.
+        if self.client.is_alive() {
+            let mut left = None;
+            let unmounted = wait_until(CLOSE_LIMIT, || {
+                left = unmount(&self.path()).err();
+                left.is_none()
+            });
+            if !unmounted {
+                eprintln!("unmount {}: {left:?}; it is taken off by force", self.path().display());
+            }
         }
         mounts::detach_loop_devices_below(&self.directory)?;
         mounts::unmount_below(&self.directory)

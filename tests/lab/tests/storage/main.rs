@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics, in its helpers too")]
 
 mod ceph;
+mod kinds;
 mod postgres;
 mod scheduler;
 mod server;

@@ -22,8 +22,8 @@ const OFTEN: &str = "*/2 * * * * *";
 fn scheduled_backups_are_recorded_and_old_ones_pruned_but_never_a_held_one() {
     let stage = Stage::shared();
     stage.grant();
-    let annotations = json!({"howdah.dev/schedule": OFTEN, "howdah.dev/retention": "last=2"});
-    let database = stage.database("db", annotations);
+    let database = stage.database("db", json!({"howdah.dev/retention": "last=2"}));
+    stage.annotate("db", &format!("howdah.dev/schedule={OFTEN}"));
     let taken = || -> Vec<PostgresBackup> {
         let all = stage.backups().into_iter();
         all.filter(|backup| backup.status.as_ref().is_some_and(|status| status.phase == Phase::Taken))

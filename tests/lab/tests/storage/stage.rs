@@ -127,8 +127,18 @@ impl Stage {
         assert!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
     }
 
+    /// Annotates a StatefulSet with `KEY=VALUE`.
+    pub fn annotate(&self, set: &str, annotation: &str) {
+        self.kubectl(&["annotate", "--overwrite", "statefulset", set, annotation]);
+    }
+
     /// Starts a scheduler as its service account.
     pub fn scheduler(&self, name: &str, port: u16) -> Process {
+        self.scheduler_with(name, port, &[])
+    }
+
+    /// The same with more arguments.
+    pub fn scheduler_with(&self, name: &str, port: u16, more: &[&str]) -> Process {
         let token = ["create", "token", "howdah-scheduler", "-n", "howdah-system", "--duration=1h"];
         let token = self.lab.kubectl_ok(&token).unwrap();
         let text = fs::read_to_string(self.lab.inside_kubeconfig()).unwrap();
@@ -139,6 +149,7 @@ impl Stage {
         let mut command = self.lab.command(scheduler_binary());
         command.arg("--kubeconfig").arg(kubeconfig);
         command.args(["--listen", &format!("127.0.0.1:{port}"), "--identity", name, "--wake-seconds", "1"]);
+        command.args(more);
         command.env_remove("POD_NAMESPACE").env_remove("POD_NAME");
         let mut process = self.lab.spawn_inside(name, &command).unwrap();
         let url = format!("http://127.0.0.1:{port}/readyz");
@@ -248,7 +259,7 @@ pub struct Server {
     place: Place,
     // In this order: the server leaves the file system before it is unmounted.
     postgres: Option<Process>,
-    mapping: Mapping,
+    mapping: Option<Mapping>,
 }
 
 impl Server {
@@ -259,7 +270,7 @@ impl Server {
         let binaries = Binaries::find(major, lab.dir()).unwrap();
         binaries.initdb(&data).unwrap();
         postgres::append(&data, "pg_hba.conf", "host all all 10.77.0.0/16 scram-sha-256").unwrap();
-        let server = Self { lab: lab.clone(), place, postgres: None, mapping };
+        let server = Self { lab: lab.clone(), place, postgres: None, mapping: Some(mapping) };
         server.start(&binaries)
     }
 
@@ -270,19 +281,19 @@ impl Server {
         // It names a process that still runs on this machine: the server that was backed up. PostgreSQL does not sync
         // it, so it need not be there.
         files::remove_file(&mapping.path().join("data/postmaster.pid")).unwrap();
-        let server = Self { lab: lab.clone(), place, postgres: None, mapping };
+        let server = Self { lab: lab.clone(), place, postgres: None, mapping: Some(mapping) };
         server.start(&Binaries::find(major, lab.dir()).unwrap())
     }
 
     fn start(mut self, binaries: &Binaries) -> Self {
-        let data = self.mapping.path().join("data");
+        let data = self.mapping().path().join("data");
         let ours = format!(
             "listen_addresses = '{BRIDGE_ADDRESS}'\nport = {}\nunix_socket_directories = ''\n{SMALL}",
             self.place.port
         );
         postgres::append(&data, "postgresql.conf", &ours).unwrap();
         // initdb was told not to sync, and a checkpoint syncs only what the server itself wrote.
-        self.mapping.sync().unwrap();
+        self.mapping().sync().unwrap();
         let mut process = self.lab.spawn_inside(&self.place.name, &binaries.server(&data)).unwrap();
         let log = process::log_path(&self.lab, &self.place.name);
         let before = process.log_start();
@@ -309,16 +320,18 @@ impl Server {
 
     /// Its client of Ceph.
     pub fn mapping(&self) -> &Mapping {
-        &self.mapping
+        self.mapping.as_ref().unwrap()
     }
 
-    /// Ends it with a fast shutdown.
+    /// Ends it with a fast shutdown, and unmaps its volume.
     fn stop(&mut self) {
-        let Some(mut process) = self.postgres.take() else { return };
-        if let Err(error) = process.signal(Signal::SIGINT) {
-            eprintln!("{error:#}");
+        if let Some(mut process) = self.postgres.take() {
+            if let Err(error) = process.signal(Signal::SIGINT) {
+                eprintln!("{error:#}");
+            }
+            process.wait_gone(START_LIMIT);
         }
-        process.wait_gone(START_LIMIT);
+        self.mapping = None;
     }
 }
 
@@ -348,6 +361,15 @@ impl Database<'_> {
     /// The image as POOL/NAME.
     pub fn image(&self) -> &str {
         &self.image
+    }
+
+    /// Scales the StatefulSet to zero; PostgreSQL shuts down and its volume is unmapped, as a node would do it.
+    pub fn stop(&mut self) {
+        self.stage.kubectl(&["scale", "statefulset", &self.name, "--replicas=0"]);
+        self.server.stop();
+        let pod = format!("{}-0", self.name);
+        let left = ["get", "pod", &pod, "--ignore-not-found", "-o", "name"];
+        assert!(wait_slowly(START_LIMIT, || self.stage.kubectl(&left).is_empty()), "the pod {pod} stays");
     }
 
     /// Asks for a backup by hand, as a user would.
