@@ -171,6 +171,7 @@ impl Pruning<'_> {
             Item {
                 snapshot: name.clone(),
                 taken_at: slot.unwrap_or(Timestamp::UNIX_EPOCH),
+                sequence: snapshot.id,
                 state,
                 held,
                 has_clones: snapshot.protected,
