@@ -5,6 +5,8 @@
 //! read-only and PANICed). An identity with `mon 'allow r', osd 'profile rbd pool=P'` gets `ReadOnly` instead, and
 //! the database resumes unharmed.
 
+mod images;
+mod journal;
 mod runner;
 
 use std::collections::BTreeMap;
@@ -15,6 +17,8 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
+pub use images::{Parent, ROLLBACK_LIMIT};
+pub use journal::IMAGE_ID_KEY;
 pub use runner::{CephAccess, LocalRunner, Runner, ToolboxRunner, mon_host_from_rook};
 
 /// How long a read may take. A healthy one takes half a second, most of it connecting; on busy
@@ -118,9 +122,16 @@ pub struct ImageInfo {
     pub id: String,
     /// The provisioned size in bytes.
     pub size: u64,
+    /// The name; a rename changes it.
+    #[serde(default)]
+    pub name: String,
     /// The enabled features, e.g. `exclusive-lock`.
     #[serde(default)]
     pub features: Vec<String>,
+    /// The pool of the data, where that is another one than the header's.
+    pub data_pool: Option<String>,
+    /// Where the data came from, until the image is flattened.
+    pub parent: Option<Parent>,
 }
 
 impl ImageInfo {
@@ -419,12 +430,9 @@ fn parse<T: DeserializeOwned>(output: &[u8], attempt: &str) -> Result<T, CephErr
 
 /// Exit codes of `rbd` and `ceph` are errno values (asm-generic/errno.h).
 fn failure(exit_code: i32, stderr: &[u8], id: &str, attempt: &str) -> CephError {
-    /// The end of the text names the cause; what stands before it is librbd's log.
-    const DETAIL_CHARS_MAX: usize = 600;
     let text = String::from_utf8_lossy(stderr);
     let text = text.trim();
-    let skipped = text.chars().count().saturating_sub(DETAIL_CHARS_MAX);
-    let detail: String = text.chars().skip(skipped).collect();
+    let detail = tail(stderr);
     let attempt = attempt.to_owned();
     // `ceph` ends with 1 for some failures to connect, and tells the errno only in its text.
     let told = text.split_once("[errno ").and_then(|(_, rest)| rest.split_once(']')?.0.parse().ok());
@@ -438,6 +446,15 @@ fn failure(exit_code: i32, stderr: &[u8], id: &str, attempt: &str) -> CephError 
         110 => CephError::TimedOut { attempt, seconds: runner::MOUNT_LIMIT.as_secs() },
         _ => CephError::Other { attempt, detail: format!("exit code {exit_code}: {detail}") },
     }
+}
+
+/// The end of what a command said: it names the cause; what stands before it is librbd's log.
+fn tail(said: &[u8]) -> String {
+    const DETAIL_CHARS_MAX: usize = 600;
+    let text = String::from_utf8_lossy(said);
+    let text = text.trim();
+    let skipped = text.chars().count().saturating_sub(DETAIL_CHARS_MAX);
+    text.chars().skip(skipped).collect()
 }
 
 /// Refuses an image name that the command line would take for something else.

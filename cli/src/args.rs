@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use howdah_core::annotations::Consistency;
+use howdah_core::restore::Method;
 
 /// Look after PostgreSQL StatefulSets that howdah protects.
 #[derive(Debug, Parser)]
@@ -33,6 +34,8 @@ pub enum Command {
     Backup(BackupArgs),
     /// Show which backups of a database its retention policy keeps, and why.
     Prune(PruneArgs),
+    /// Restore a database in place from a backup; `restore undo` takes that back.
+    Restore(RestoreArgs),
 }
 
 /// Arguments of `status`.
@@ -93,6 +96,73 @@ pub struct PruneArgs {
     pub dry_run: bool,
 }
 
+/// Arguments of `restore`.
+#[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct RestoreArgs {
+    /// Instead of a restore.
+    #[command(subcommand)]
+    pub verb: Option<RestoreVerb>,
+    /// The StatefulSet.
+    #[arg(required = true)]
+    pub name: Option<String>,
+    /// `newest`, or the name of a backup (kubectl get pgb).
+    #[arg(long, value_name = "newest|BACKUP", required_unless_present = "before", conflicts_with = "before")]
+    pub to: Option<String>,
+    /// The last backup before this instant, with its zone: 2026-11-22T03:00:00+09:00 or 2026-11-22T03:00[Asia/Tokyo].
+    #[arg(long, value_name = "INSTANT")]
+    pub before: Option<String>,
+    /// `swap` takes the same time whatever the size; `rollback` overwrites the image.
+    #[arg(long, default_value = "swap")]
+    pub method: MethodArg,
+    /// Show each step, and end when the restore has ended.
+    #[arg(long)]
+    pub wait: bool,
+    /// The namespace; else the one of the current context.
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+}
+
+/// What can be asked of a restore.
+#[derive(Debug, Subcommand)]
+pub enum RestoreVerb {
+    /// Put back what was there before a restore, also one that is under way or stuck.
+    Undo(RestoreReference),
+    /// Let a restore that is stuck try its step again.
+    Retry(RestoreReference),
+}
+
+/// A restore.
+#[derive(Debug, clap::Args)]
+pub struct RestoreReference {
+    /// The PostgresRestore (kubectl get pgr).
+    pub name: String,
+    /// Show each step, and end when it has ended.
+    #[arg(long)]
+    pub wait: bool,
+    /// The namespace; else the one of the current context.
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+}
+
+/// How the data comes to its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum MethodArg {
+    /// Set the image aside and put a clone of the backup in its place.
+    Swap,
+    /// Overwrite the image with the snapshot, after a safety snapshot.
+    Rollback,
+}
+
+impl From<MethodArg> for Method {
+    fn from(method: MethodArg) -> Self {
+        match method {
+            MethodArg::Swap => Self::Swap,
+            MethodArg::Rollback => Self::Rollback,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,5 +183,19 @@ mod tests {
     fn pruning_by_hand_is_not_offered() {
         assert!(Args::try_parse_from(["x", "prune", "db"]).is_err());
         assert!(Args::try_parse_from(["x", "prune", "db", "--dry-run"]).is_ok());
+    }
+
+    #[test]
+    fn a_restore_says_what_to_restore_and_undo_what_to_undo() {
+        let parses =
+            |arguments: &[&str]| Args::try_parse_from([&["x", "restore"], arguments].concat()).is_ok();
+        assert!(
+            parses(&["db", "--to", "newest"]) && parses(&["db", "--before", "2026-11-22T03:00Z", "--wait"])
+        );
+        assert!(parses(&["undo", "db-restore-1", "--wait", "-n", "shop"]) && parses(&["retry", "r"]));
+        for wrong in [&["db"][..], &[], &["--to", "newest"], &["undo"], &["db", "--to", "a", "--before", "b"]]
+        {
+            assert!(!parses(wrong), "{wrong:?}");
+        }
     }
 }

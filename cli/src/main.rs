@@ -5,6 +5,7 @@ mod backup;
 mod lint;
 mod protect;
 mod prune;
+mod restore;
 mod status;
 mod table;
 
@@ -50,6 +51,7 @@ async fn run(Args { kubeconfig, command }: Args) -> anyhow::Result<(String, Exit
         Command::Protect(arguments) => protect::run(client().await?, arguments).await,
         Command::Backup(arguments) => backup::run(client().await?, arguments).await,
         Command::Prune(arguments) => prune::run(client().await?, arguments).await,
+        Command::Restore(arguments) => restore::run(client().await?, arguments).await,
     }?;
     Ok((text, ExitCode::SUCCESS))
 }

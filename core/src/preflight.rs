@@ -317,6 +317,7 @@ mod tests {
             map_options: map_options.to_owned(),
             encrypted,
             static_volume: false,
+            journal: None,
         };
         assert_eq!(volume_fit(&volume("krbd:noshare", false), true), Ok(()));
         assert!(volume_fit(&volume("krbd:exclusive", false), true).is_err());

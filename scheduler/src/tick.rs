@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use howdah_adapters::kubernetes::{KubernetesError, call};
-use howdah_adapters::records::{PostgresBackup, PostgresBackupSpec};
+use howdah_adapters::records::{PostgresBackup, PostgresBackupSpec, PostgresRestore};
 use howdah_core::annotations::{self, Settings};
 use howdah_core::backup::{Phase, Trigger};
 use howdah_core::names;
@@ -26,8 +26,8 @@ use tokio_cron_scheduler::{Job, JobScheduler};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::backup;
 use crate::context::Context;
+use crate::{backup, restore};
 
 /// Wake-ups in a row that may stay out before the alarm clock is wound again.
 const SILENT_WAKES_MAX: u32 = 4;
@@ -163,7 +163,7 @@ impl Term {
         }
         self.cx.metrics.unreadable.set(unreadable);
         self.measure(&databases, &backups, now);
-        self.take_up(&backups);
+        self.take_up(&backups, &self.cx.caches.restores());
         self.forget(&databases);
     }
 
@@ -191,6 +191,10 @@ impl Term {
         now: Timestamp,
     ) {
         let Some(expression) = &settings.schedule else { return };
+        // An operation holds the database: a slot that falls due meanwhile is caught up afterwards, or was missed.
+        if settings.gate.is_some() {
+            return;
+        }
         let key = key_of(database);
         let uid = database.uid().unwrap_or_default();
         let own: Vec<&PostgresBackup> =
@@ -275,7 +279,7 @@ impl Term {
         match call(attempt, api.create(&parameters, &backup)).await {
             Ok(created) => {
                 self.reserved.entry(uid.unwrap_or_default()).or_default().insert(slot);
-                self.spawn(created);
+                self.spawn(Work::backup(&created));
             }
             // Another leader reserved it and the cache does not show it yet.
             Err(KubernetesError::AlreadyExists { .. }) => {
@@ -287,34 +291,43 @@ impl Term {
         }
     }
 
-    /// Gives every open backup somebody to run it, one for each database: what was begun first, then by slot.
-    fn take_up(&mut self, backups: &[Arc<PostgresBackup>]) {
-        let mut open: Vec<&PostgresBackup> =
-            backups.iter().map(Arc::as_ref).filter(|backup| !phase_of(backup).is_terminal()).collect();
-        open.sort_by_key(|backup| {
-            let begun = phase_of(backup) != Phase::Reserved;
-            (!begun, backup.spec.slot.or(created_at(backup)), backup.name_any())
-        });
-        for backup in open {
-            let key = (backup.namespace().unwrap_or_default(), backup.spec.stateful_set.clone());
-            if !self.running.values().any(|running| *running == key) {
-                self.spawn(backup.clone());
+    /// Gives every open operation somebody to run it, one for each database: what was begun first, then by age.
+    fn take_up(&mut self, backups: &[Arc<PostgresBackup>], restores: &[Arc<PostgresRestore>]) {
+        let backups = backups.iter().filter(|backup| !phase_of(backup).is_terminal());
+        let backups = backups.map(|backup| Work::backup(backup));
+        let restores = restores.iter().filter(|restore| restore::is_open(restore));
+        let restores = restores.map(|restore| Work::restore(restore));
+        let mut open: Vec<Work> = backups.chain(restores).collect();
+        open.sort_by(|a, b| (!a.begun, a.since, &a.name).cmp(&(!b.begun, b.since, &b.name)));
+        for work in open {
+            let free = !self.running.values().any(|running| *running == work.key);
+            if free && (work.kind == Kind::Restore || work.begun || !self.is_held(&work.key)) {
+                self.spawn(work);
             }
         }
     }
 
-    fn spawn(&mut self, backup: PostgresBackup) {
-        let key = (backup.namespace().unwrap_or_default(), backup.spec.stateful_set.clone());
+    /// Whether an operation holds the database; then no backup of it begins.
+    fn is_held(&self, (namespace, name): &DatabaseKey) -> bool {
+        let database = self.cx.caches.database(namespace, name);
+        database.is_some_and(|database| database.annotations().contains_key(names::GATE))
+    }
+
+    fn spawn(&mut self, work: Work) {
         let (cx, lost) = (self.cx.clone(), self.lost.clone());
+        let Work { key, name, kind, .. } = work;
+        let namespace = key.0.clone();
         let task = self.runs.spawn(async move {
-            let name = backup.name_any();
-            let namespace = backup.namespace().unwrap_or_default();
-            if let Err(error) = backup::run(&cx, &namespace, &name, &lost).await {
+            let ended = match kind {
+                Kind::Backup => backup::run(&cx, &namespace, &name, &lost).await,
+                Kind::Restore => restore::run(&cx, &namespace, &name, &lost).await,
+            };
+            if let Err(error) = ended {
                 warn!(
                     namespace,
-                    backup = name,
+                    name,
                     error = format!("{error:#}"),
-                    "backup interrupted: taking it up again"
+                    "operation interrupted: taking it up again"
                 );
             }
         });
@@ -349,6 +362,46 @@ impl Term {
     }
 }
 
+/// An operation that is open.
+#[derive(Debug)]
+struct Work {
+    key: DatabaseKey,
+    begun: bool,
+    /// Its slot, or when it was created.
+    since: Option<Timestamp>,
+    name: String,
+    kind: Kind,
+}
+
+impl Work {
+    fn backup(backup: &PostgresBackup) -> Self {
+        Self {
+            key: (backup.namespace().unwrap_or_default(), backup.spec.stateful_set.clone()),
+            begun: phase_of(backup) != Phase::Reserved,
+            since: backup.spec.slot.or(created_at(backup)),
+            name: backup.name_any(),
+            kind: Kind::Backup,
+        }
+    }
+
+    fn restore(restore: &PostgresRestore) -> Self {
+        Self {
+            key: (restore.namespace().unwrap_or_default(), restore.spec.stateful_set.clone()),
+            begun: restore.status.is_some(),
+            since: created_at(restore),
+            name: restore.name_any(),
+            kind: Kind::Restore,
+        }
+    }
+}
+
+/// What kind of operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Backup,
+    Restore,
+}
+
 fn key_of(database: &StatefulSet) -> DatabaseKey {
     (database.namespace().unwrap_or_default(), database.name_any())
 }
@@ -364,6 +417,6 @@ fn phase_of(backup: &PostgresBackup) -> Phase {
     backup.status.as_ref().map(|status| status.phase).unwrap_or_default()
 }
 
-fn created_at(backup: &PostgresBackup) -> Option<Timestamp> {
-    backup.metadata.creation_timestamp.as_ref().map(|time| time.0)
+fn created_at(record: &impl kube::Resource) -> Option<Timestamp> {
+    record.meta().creation_timestamp.as_ref().map(|time| time.0)
 }

@@ -26,7 +26,7 @@ const DEFAULT_PORT: u16 = 5432;
 /// rest of a preflight.
 const HEALTH_FRESH: Duration = Duration::from_secs(10);
 /// Database that is connected to; it exists unless somebody dropped it, and backup mode is of the whole cluster.
-const DATABASE: &str = "postgres";
+pub const DATABASE: &str = "postgres";
 
 impl Effects<'_> {
     /// Finds out whether, how and where the database can be backed up now.
@@ -256,7 +256,7 @@ pub async fn port(cx: &Context, namespace: &str, container: &Container) -> Resul
 }
 
 /// The container that runs PostgreSQL, and its mounts: the first one with a claim above its data directory.
-fn database_container<'a>(
+pub fn database_container<'a>(
     spec: &'a PodSpec,
     claim_name: &dyn Fn(&str) -> Option<String>,
 ) -> Result<(&'a Container, Vec<Mount>), Problem> {
@@ -287,7 +287,7 @@ fn data_directory(container: &Container) -> Place {
 }
 
 /// Every folder the snapshot must hold: as PostgreSQL says, or as the pod says while it cannot be asked.
-fn places(container: &Container, server: Option<&ServerFacts>) -> Vec<Place> {
+pub fn places(container: &Container, server: Option<&ServerFacts>) -> Vec<Place> {
     let mut places = vec![data_directory(container)];
     if let Some(facts) = server {
         places[0].path.clone_from(&facts.data_directory);
@@ -327,7 +327,7 @@ fn claim_of_pod(spec: &PodSpec, volume: &str) -> Option<String> {
 }
 
 /// The claim behind a volume of a pod that does not exist now.
-fn claim_of_template(database: &StatefulSet, spec: &PodSpec, volume: &str) -> Option<String> {
+pub fn claim_of_template(database: &StatefulSet, spec: &PodSpec, volume: &str) -> Option<String> {
     let templates = database.spec.as_ref()?.volume_claim_templates.iter().flatten();
     let ordinal = first_ordinal(database);
     let made = templates.into_iter().any(|template| template.name_any() == volume);
@@ -338,27 +338,27 @@ fn claim_of_template(database: &StatefulSet, spec: &PodSpec, volume: &str) -> Op
 }
 
 /// The number of the one replica: zero, unless `spec.ordinals.start` says otherwise.
-fn first_ordinal(database: &StatefulSet) -> i32 {
+pub fn first_ordinal(database: &StatefulSet) -> i32 {
     database.spec.as_ref().and_then(|spec| spec.ordinals.as_ref()?.start).unwrap_or(0)
 }
 
-fn host_ips(pod: &Pod) -> Vec<String> {
+pub fn host_ips(pod: &Pod) -> Vec<String> {
     let Some(status) = &pod.status else { return Vec::new() };
     let all = status.host_ips.iter().flatten().map(|host| host.ip.clone());
     all.chain(status.host_ip.clone()).collect()
 }
 
 /// The IP address in `10.77.0.11:0/123` or `[fd00::11]:0/123`.
-fn ip_of(address: &str) -> String {
+pub fn ip_of(address: &str) -> String {
     let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
     host.trim_start_matches('[').trim_end_matches(']').to_owned()
 }
 
-fn strange(what: &str) -> Problem {
+pub fn strange(what: &str) -> Problem {
     Problem::new(FailureKind::Transient, what, "see the object with kubectl get -o yaml")
 }
 
-fn of_kubernetes(error: &KubernetesError) -> Problem {
+pub fn of_kubernetes(error: &KubernetesError) -> Problem {
     Problem::new(
         FailureKind::Transient,
         error.to_string(),
@@ -366,7 +366,7 @@ fn of_kubernetes(error: &KubernetesError) -> Problem {
     )
 }
 
-fn of_resolve(error: &ResolveError) -> Problem {
+pub fn of_resolve(error: &ResolveError) -> Problem {
     let (kind, cure) = match error {
         ResolveError::Kubernetes(_) | ResolveError::NotBound { .. } => {
             (FailureKind::Transient, "see the claim with kubectl describe pvc")

@@ -187,3 +187,51 @@ async fn protect_lets_the_scheduler_read_secrets_there_and_nowhere_else() {
     let (ok, text) = howdah(&lab, &["protect", "no-such-namespace"]);
     assert!(!ok && text.contains("no-such-namespace"), "{text}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_is_ordered_undone_and_asked_again() {
+    let lab = Lab::open_or_up_without_ceph(&shared_name()).unwrap();
+    let _turn = TURN.lock().await;
+    install_definitions(&lab);
+    let namespace = lab.namespace("cli").unwrap();
+    let place = ["-n", namespace.name()];
+    let (ok, text) = howdah(&lab, &[&["restore", "absent", "--to", "newest"], &place[..]].concat());
+    assert!(!ok && text.contains("get the StatefulSet") && text.contains("not found"), "{text}");
+    let created = lab.kubectl_with_input(&["create", "-n", namespace.name(), "-f", "-"], DATABASE).unwrap();
+    assert!(created.status.success(), "{}", String::from_utf8_lossy(&created.stderr));
+    let (ok, text) = howdah(&lab, &[&["restore", "db", "--before", "2026-11-22 03:00"], &place[..]].concat());
+    assert!(!ok && text.contains("no zone") && text.contains("2026-11-22T03:00Z"), "{text}");
+
+    let (ok, text) = howdah(&lab, &[&["restore", "db", "--to", "newest"], &place[..]].concat());
+    assert!(ok && text.contains("created"), "{text}");
+    let jsonpath = "-o=jsonpath={.items[0].metadata.name} {.items[0].spec.statefulSet} {.items[0].spec.to}";
+    let found = lab.kubectl_ok(&["get", "pgr", "-n", namespace.name(), jsonpath]).unwrap();
+    let restore = found.split(' ').next().unwrap().to_owned();
+    assert!(restore.starts_with("db-restore-") && found.ends_with(" db newest"), "{found}");
+    let stand_at = |phase: &str| {
+        let status = format!(r#"{{"status":{{"phase":"{phase}"}}}}"#);
+        let patch =
+            ["patch", "pgr", &restore, "-n", namespace.name(), "--subresource=status", "--type=merge", "-p"];
+        lab.kubectl_ok(&[&patch[..], &[&status]].concat()).unwrap();
+    };
+    let resume = || {
+        let jsonpath = r"-o=jsonpath={.metadata.annotations.howdah\.dev/resume}";
+        lab.kubectl_ok(&["get", "pgr", &restore, "-n", namespace.name(), jsonpath]).unwrap()
+    };
+    let (ok, text) = howdah(&lab, &[&["restore", "retry", &restore], &place[..]].concat());
+    assert!(!ok && text.contains("only a stuck one"), "{text}");
+    stand_at("Stuck");
+    let (ok, text) = howdah(&lab, &[&["restore", "retry", &restore], &place[..]].concat());
+    assert!(ok && resume().starts_with("retry/"), "{text}");
+    let (ok, text) = howdah(&lab, &[&["restore", "undo", &restore], &place[..]].concat());
+    assert!(ok && resume().starts_with("undo/"), "{text}");
+
+    stand_at("Completed");
+    let (ok, text) = howdah(&lab, &[&["restore", "undo", &restore], &place[..]].concat());
+    assert!(ok && text.contains("/db-undo-"), "{text}");
+    let jsonpath = "-o=jsonpath={.items[*].spec.undo}";
+    assert_eq!(lab.kubectl_ok(&["get", "pgr", "-n", namespace.name(), jsonpath]).unwrap(), restore);
+    stand_at("Failed");
+    let (ok, text) = howdah(&lab, &[&["restore", "undo", &restore], &place[..]].concat());
+    assert!(!ok && text.contains("everything is as it was"), "{text}");
+}

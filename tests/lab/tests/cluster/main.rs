@@ -9,6 +9,7 @@ use howdah_lab::testing::shared_name;
 
 mod backup;
 mod installed;
+mod restore;
 mod storage;
 
 /// Nodes of the cluster that the tests of this binary share: a majority outlives one.

@@ -60,8 +60,8 @@ enum Turn {
 pub struct Stage {
     pub lab: Lab,
     pub namespace: TempNamespace,
-    runtime: Runtime,
-    client: Client,
+    pub runtime: Runtime,
+    pub client: Client,
     _turn: Turn,
 }
 
@@ -210,6 +210,17 @@ impl Stage {
         });
     }
 
+    /// What a kubelet says of the pod of a StatefulSet when it is ready.
+    pub fn show_ready(&self, set: &str) {
+        let address = BRIDGE_ADDRESS.to_string();
+        let ready = json!({"status": {
+            "phase": "Running", "podIP": address, "podIPs": [{"ip": address}],
+            "hostIP": address, "hostIPs": [{"ip": address}],
+            "conditions": [{"type": "Ready", "status": "True"}]}});
+        let (pod, ready) = (format!("{set}-0"), ready.to_string());
+        self.kubectl(&["patch", "pod", &pod, "--subresource=status", "--type=merge", "-p", &ready]);
+    }
+
     /// A protected StatefulSet with a running database `name` of Debian's PostgreSQL.
     pub fn database(&self, name: &str, annotations: Value) -> Database<'_> {
         self.database_of(DEBIAN_MAJOR, name, annotations)
@@ -225,14 +236,14 @@ impl Stage {
         let image = claim.image().unwrap();
         let server = Server::make(&self.lab, major, &image, place);
         let database = Database { stage: self, name: name.to_owned(), image, server };
-        database.show_ready();
+        self.show_ready(name);
         database
     }
 }
 
 /// Name, port and directory of one server.
 #[derive(Clone, Debug)]
-struct Place {
+pub struct Place {
     name: String,
     port: u16,
 }
@@ -250,6 +261,10 @@ impl Place {
 
     fn root(&self, lab: &Lab) -> PathBuf {
         Mapping::place(lab, &self.name)
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
     }
 }
 
@@ -276,7 +291,11 @@ impl Server {
 
     /// On a clone of a snapshot, as it is: PostgreSQL recovers from it as from a crash.
     pub fn on_clone(lab: &Lab, major: u32, image: &str) -> Self {
-        let place = Place::next(lab);
+        Self::again(lab, major, image, Place::next(lab))
+    }
+
+    /// On an image that has a database, under a name and port that are given.
+    pub fn again(lab: &Lab, major: u32, image: &str, place: Place) -> Self {
         let mapping = Mapping::open(lab, name_of(image), &place.name, false).unwrap();
         // It names a process that still runs on this machine: the server that was backed up. PostgreSQL does not sync
         // it, so it need not be there.
@@ -318,6 +337,10 @@ impl Server {
         self.postgres.as_ref().map(|process| process.output().unwrap()).unwrap_or_default()
     }
 
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
     /// Its client of Ceph.
     pub fn mapping(&self) -> &Mapping {
         self.mapping.as_ref().unwrap()
@@ -343,10 +366,10 @@ impl Drop for Server {
 
 /// A protected StatefulSet and its database.
 pub struct Database<'a> {
-    stage: &'a Stage,
-    name: String,
-    image: String,
-    server: Server,
+    pub stage: &'a Stage,
+    pub name: String,
+    pub image: String,
+    pub server: Server,
 }
 
 impl std::ops::Deref for Database<'_> {
@@ -394,18 +417,6 @@ impl Database<'_> {
     pub fn sessions(&self) -> String {
         self.sql("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'howdah'")
     }
-
-    /// What a kubelet says of a pod that is ready.
-    fn show_ready(&self) {
-        let address = BRIDGE_ADDRESS.to_string();
-        let ready = json!({"status": {
-            "phase": "Running", "podIP": address, "podIPs": [{"ip": address}],
-            "hostIP": address, "hostIPs": [{"ip": address}],
-            "conditions": [{"type": "Ready", "status": "True"}]}});
-        let (pod, ready) = (format!("{}-0", self.name), ready.to_string());
-        let patch = ["patch", "pod", &pod, "--subresource=status", "--type=merge", "-p", &ready];
-        self.stage.kubectl(&patch);
-    }
 }
 
 /// A clone of a snapshot with a PostgreSQL on it; removed when dropped.
@@ -447,7 +458,7 @@ impl Drop for Restored {
     }
 }
 
-fn name_of(image: &str) -> &str {
+pub fn name_of(image: &str) -> &str {
     image.split_once('/').map_or(image, |(_, name)| name)
 }
 
