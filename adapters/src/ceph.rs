@@ -5,15 +5,20 @@
 //! read-only and PANICed). An identity with `mon 'allow r', osd 'profile rbd pool=P'` gets `ReadOnly` instead, and
 //! the database resumes unharmed.
 
+mod images;
+mod journal;
 mod runner;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use howdah_core::preflight::HealthCheck;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
+pub use images::{Parent, ROLLBACK_LIMIT};
+pub use journal::IMAGE_ID_KEY;
 pub use runner::{CephAccess, LocalRunner, Runner, ToolboxRunner, mon_host_from_rook};
 
 /// How long a read may take. A healthy one takes half a second, most of it connecting; on busy
@@ -120,9 +125,16 @@ pub struct ImageInfo {
     pub id: String,
     /// The provisioned size in bytes.
     pub size: u64,
+    /// The name; a rename changes it.
+    #[serde(default)]
+    pub name: String,
     /// The enabled features, e.g. `exclusive-lock`.
     #[serde(default)]
     pub features: Vec<String>,
+    /// The pool of the data, where that is another one than the header's.
+    pub data_pool: Option<String>,
+    /// Where the data came from, until the image is flattened.
+    pub parent: Option<Parent>,
 }
 
 impl ImageInfo {
@@ -161,6 +173,29 @@ pub struct Snapshot {
 struct StatusAnswer {
     #[serde(default)]
     watchers: Vec<Watcher>,
+}
+
+#[derive(Deserialize)]
+struct LockAnswer {
+    address: String,
+}
+
+#[derive(Deserialize)]
+struct HealthAnswer {
+    #[serde(default)]
+    checks: BTreeMap<String, CheckAnswer>,
+}
+
+#[derive(Deserialize)]
+struct CheckAnswer {
+    summary: MessageAnswer,
+    #[serde(default)]
+    detail: Vec<MessageAnswer>,
+}
+
+#[derive(Deserialize)]
+struct MessageAnswer {
+    message: String,
 }
 
 #[derive(Deserialize)]
@@ -241,6 +276,33 @@ impl Ceph {
         let answer: StatusAnswer =
             self.read(&["status", spec(image)?], &format!("list who uses {image}")).await?;
         Ok(answer.watchers)
+    }
+
+    /// The addresses of the clients that hold a lock of the image, as `address:port/nonce`. A client that died without
+    /// giving its lock back is among them until somebody breaks it.
+    ///
+    /// # Errors
+    /// See [`CephError`].
+    pub async fn lock_owners(&self, image: &str) -> Result<Vec<String>, CephError> {
+        let attempt = format!("list the locks of {image}");
+        let answer: Vec<LockAnswer> = self.read(&["lock", "ls", spec(image)?], &attempt).await?;
+        Ok(answer.into_iter().map(|lock| lock.address).collect())
+    }
+
+    /// What Ceph's own health check finds; the monitors alone answer, also while the cluster is paused.
+    ///
+    /// # Errors
+    /// See [`CephError`].
+    pub async fn health(&self) -> Result<Vec<HealthCheck>, CephError> {
+        let attempt = "read the health of the Ceph cluster";
+        let arguments = ["health", "detail", "--format", "json"];
+        let answer: HealthAnswer = parse(&self.run("ceph", &arguments, READ_LIMIT, attempt).await?, attempt)?;
+        let checks = answer.checks.into_iter().map(|(code, found)| HealthCheck {
+            code,
+            summary: found.summary.message,
+            details: found.detail.into_iter().map(|line| line.message).collect(),
+        });
+        Ok(checks.collect())
     }
 
     /// All snapshots of an image, those in the trash included: they count against its limits.
@@ -370,12 +432,9 @@ fn parse<T: DeserializeOwned>(output: &[u8], attempt: &str) -> Result<T, CephErr
 
 /// Exit codes of `rbd` and `ceph` are errno values (asm-generic/errno.h).
 fn failure(exit_code: i32, stderr: &[u8], id: &str, attempt: &str) -> CephError {
-    /// The end of the text names the cause; what stands before it is librbd's log.
-    const DETAIL_CHARS_MAX: usize = 600;
     let text = String::from_utf8_lossy(stderr);
     let text = text.trim();
-    let skipped = text.chars().count().saturating_sub(DETAIL_CHARS_MAX);
-    let detail: String = text.chars().skip(skipped).collect();
+    let detail = tail(stderr);
     let attempt = attempt.to_owned();
     // `ceph` ends with 1 for some failures to connect, and tells the errno only in its text.
     let told = text.split_once("[errno ").and_then(|(_, rest)| rest.split_once(']')?.0.parse().ok());
@@ -389,6 +448,15 @@ fn failure(exit_code: i32, stderr: &[u8], id: &str, attempt: &str) -> CephError 
         110 => CephError::TimedOut { attempt, seconds: runner::MOUNT_LIMIT.as_secs() },
         _ => CephError::Other { attempt, detail: format!("exit code {exit_code}: {detail}") },
     }
+}
+
+/// The end of what a command said: it names the cause; what stands before it is librbd's log.
+fn tail(said: &[u8]) -> String {
+    const DETAIL_CHARS_MAX: usize = 600;
+    let text = String::from_utf8_lossy(said);
+    let text = text.trim();
+    let skipped = text.chars().count().saturating_sub(DETAIL_CHARS_MAX);
+    text.chars().skip(skipped).collect()
 }
 
 /// Refuses an image name that the command line would take for something else.

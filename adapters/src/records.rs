@@ -3,6 +3,7 @@
 use anyhow::Context as _;
 use howdah_core::annotations::Consistency;
 use howdah_core::backup::{BackupStatus, Trigger};
+use howdah_core::restore::{Method, RestoreStatus};
 use jiff::Timestamp;
 use kube::{CustomResource, CustomResourceExt as _, KubeSchema};
 use serde::{Deserialize, Serialize};
@@ -52,18 +53,70 @@ pub struct PostgresBackupSpec {
     pub consistency: Option<Consistency>,
 }
 
+/// What is to be restored. It cannot be changed once the object exists.
+#[derive(Clone, Debug, Default, CustomResource, Deserialize, Serialize, KubeSchema, PartialEq, Eq)]
+#[kube(
+    group = "howdah.dev",
+    version = "v1alpha1",
+    kind = "PostgresRestore",
+    plural = "postgresrestores",
+    shortname = "pgr",
+    category = "howdah",
+    namespaced,
+    status = "RestoreStatus",
+    derive = "PartialEq",
+    doc = "One restore of a protected PostgreSQL StatefulSet from a backup, in place; and what undoing it needs.",
+    validation = Rule::new("self.spec == oldSelf.spec").message("a restore's spec cannot be changed: create another PostgresRestore"),
+    validation = Rule::new("[has(self.spec.to), has(self.spec.before), has(self.spec.undo)].filter(given, given).size() == 1")
+        .message("say exactly one of to (newest, or the name of a PostgresBackup), before (an instant) and undo (the name of a PostgresRestore)"),
+    printcolumn(name = "Database", type_ = "string", json_path = ".spec.statefulSet"),
+    printcolumn(name = "Source", type_ = "string", json_path = ".status.source.name"),
+    printcolumn(name = "Taken", type_ = "string", json_path = ".status.source.takenAt"),
+    printcolumn(name = "Method", type_ = "string", json_path = ".status.method"),
+    printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Undo until", type_ = "string", json_path = ".status.safetyUntil", priority = "1"),
+    printcolumn(name = "Failure", type_ = "string", json_path = ".status.failure.reason", priority = "1")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct PostgresRestoreSpec {
+    /// The name of the StatefulSet, in the same namespace.
+    #[x_kube(validation = Rule::new("self.size() > 0").message("name the StatefulSet to restore"))]
+    pub stateful_set: String,
+    /// The uid of the StatefulSet; a set of the same name made later is another database, and is not restored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stateful_set_uid: Option<String>,
+    /// `newest`, or the name of a PostgresBackup.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<String>,
+    /// The newest good backup whose snapshot was taken before this instant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub before: Option<Timestamp>,
+    /// The name of a PostgresRestore that is to be undone: its safety copy is put back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub undo: Option<String>,
+    /// `swap` (constant time) or `rollback` (overwrites the image). An undo goes the way of what it undoes.
+    #[serde(default)]
+    pub method: Method,
+}
+
 /// The CustomResourceDefinitions of howdah as file name and YAML, as committed in `deploy/base/crds/`.
 ///
 /// # Errors
 /// If a definition cannot be written as YAML.
 pub fn crd_yaml() -> anyhow::Result<Vec<(&'static str, String)>> {
-    let mut definition =
-        serde_json::to_value(PostgresBackup::crd()).context("write the PostgresBackup definition as JSON")?;
-    drop_unsigned_formats(&mut definition);
-    let yaml =
-        serde_yaml_ng::to_string(&definition).context("write the PostgresBackup definition as YAML")?;
-    let head = "# Generated from adapters/src/records.rs by `make generate`; do not edit.\n";
-    Ok(vec![("postgresbackups.yaml", format!("{head}{yaml}"))])
+    [("postgresbackups.yaml", PostgresBackup::crd()), ("postgresrestores.yaml", PostgresRestore::crd())]
+        .into_iter()
+        .map(|(file, definition)| {
+            let mut definition = serde_json::to_value(definition)
+                .with_context(|| format!("write the definition of {file} as JSON"))?;
+            drop_unsigned_formats(&mut definition);
+            let yaml = serde_yaml_ng::to_string(&definition)
+                .with_context(|| format!("write the definition of {file} as YAML"))?;
+            let head = "# Generated from adapters/src/records.rs by `make generate`; do not edit.\n";
+            Ok((file, format!("{head}{yaml}")))
+        })
+        .collect()
 }
 
 /// Removes the formats of unsigned numbers, which the API server does not know and warns of at each `kubectl apply`;
@@ -84,6 +137,17 @@ fn drop_unsigned_formats(schema: &mut Value) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_restore_made_by_hand_swaps() {
+        let spec: PostgresRestoreSpec =
+            serde_json::from_str(r#"{"statefulSet": "db", "to": "newest"}"#).unwrap();
+        assert_eq!(spec.method, Method::Swap);
+        assert_eq!(
+            serde_json::to_string(&spec).unwrap(),
+            r#"{"statefulSet":"db","to":"newest","method":"swap"}"#
+        );
+    }
 
     #[test]
     fn a_backup_made_by_hand_needs_only_the_name() {

@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
+use howdah_core::annotations::Consistency;
+use howdah_core::restore::Method;
 
 /// Look after PostgreSQL StatefulSets that howdah protects.
 #[derive(Debug, Parser)]
@@ -25,8 +27,15 @@ pub enum Command {
     Lint(crate::lint::LintArgs),
     /// Let the scheduler read the credentials in a namespace, so that its backups are online ones.
     Protect(ProtectArgs),
+    /// Take a backup now, whatever the schedule says.
+    ///
+    /// Exit codes: 0 the backup is taken (without --wait: ordered), 1 it was refused or failed, 3 it goes on but was not
+    /// over within --timeout-seconds.
+    Backup(BackupArgs),
     /// Show which backups of a database its retention policy keeps, and why.
     Prune(PruneArgs),
+    /// Restore a database in place from a backup; `restore undo` takes that back.
+    Restore(RestoreArgs),
 }
 
 /// Arguments of `status`.
@@ -54,6 +63,26 @@ pub struct ProtectArgs {
     pub dry_run: bool,
 }
 
+/// Arguments of `backup`.
+#[derive(Debug, clap::Args)]
+pub struct BackupArgs {
+    /// The StatefulSet.
+    pub name: String,
+    /// The namespace; else the one of the current context.
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+    /// `online`, `crash` or `offline`: exactly this or a failure. Else what the StatefulSet is annotated with, or the
+    /// best that is possible.
+    #[arg(long, value_name = "CLASS")]
+    pub consistency: Option<Consistency>,
+    /// Wait until it is over and tell each step on standard error. Ctrl-C ends the waiting, not the backup.
+    #[arg(long)]
+    pub wait: bool,
+    /// How long to wait; a backup tries for half an hour before it fails.
+    #[arg(long, requires = "wait", default_value_t = 2400)]
+    pub timeout_seconds: u64,
+}
+
 /// Arguments of `prune`.
 #[derive(Debug, clap::Args)]
 pub struct PruneArgs {
@@ -67,6 +96,73 @@ pub struct PruneArgs {
     pub dry_run: bool,
 }
 
+/// Arguments of `restore`.
+#[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct RestoreArgs {
+    /// Instead of a restore.
+    #[command(subcommand)]
+    pub verb: Option<RestoreVerb>,
+    /// The StatefulSet.
+    #[arg(required = true)]
+    pub name: Option<String>,
+    /// `newest`, or the name of a backup (kubectl get pgb).
+    #[arg(long, value_name = "newest|BACKUP", required_unless_present = "before", conflicts_with = "before")]
+    pub to: Option<String>,
+    /// The last backup before this instant, with its zone: 2026-11-22T03:00:00+09:00 or 2026-11-22T03:00[Asia/Tokyo].
+    #[arg(long, value_name = "INSTANT")]
+    pub before: Option<String>,
+    /// `swap` takes the same time whatever the size; `rollback` overwrites the image.
+    #[arg(long, default_value = "swap")]
+    pub method: MethodArg,
+    /// Show each step, and end when the restore has ended.
+    #[arg(long)]
+    pub wait: bool,
+    /// The namespace; else the one of the current context.
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+}
+
+/// What can be asked of a restore.
+#[derive(Debug, Subcommand)]
+pub enum RestoreVerb {
+    /// Put back what was there before a restore, also one that is under way or stuck.
+    Undo(RestoreReference),
+    /// Let a restore that is stuck try its step again.
+    Retry(RestoreReference),
+}
+
+/// A restore.
+#[derive(Debug, clap::Args)]
+pub struct RestoreReference {
+    /// The PostgresRestore (kubectl get pgr).
+    pub name: String,
+    /// Show each step, and end when it has ended.
+    #[arg(long)]
+    pub wait: bool,
+    /// The namespace; else the one of the current context.
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+}
+
+/// How the data comes to its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum MethodArg {
+    /// Set the image aside and put a clone of the backup in its place.
+    Swap,
+    /// Overwrite the image with the snapshot, after a safety snapshot.
+    Rollback,
+}
+
+impl From<MethodArg> for Method {
+    fn from(method: MethodArg) -> Self {
+        match method {
+            MethodArg::Swap => Self::Swap,
+            MethodArg::Rollback => Self::Rollback,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -78,8 +174,28 @@ mod tests {
     }
 
     #[test]
+    fn a_class_that_does_not_exist_is_refused() {
+        assert!(Args::try_parse_from(["x", "backup", "db", "--consistency", "online", "--wait"]).is_ok());
+        assert!(Args::try_parse_from(["x", "backup", "db", "--consistency", "best"]).is_err());
+    }
+
+    #[test]
     fn pruning_by_hand_is_not_offered() {
         assert!(Args::try_parse_from(["x", "prune", "db"]).is_err());
         assert!(Args::try_parse_from(["x", "prune", "db", "--dry-run"]).is_ok());
+    }
+
+    #[test]
+    fn a_restore_says_what_to_restore_and_undo_what_to_undo() {
+        let parses =
+            |arguments: &[&str]| Args::try_parse_from([&["x", "restore"], arguments].concat()).is_ok();
+        assert!(
+            parses(&["db", "--to", "newest"]) && parses(&["db", "--before", "2026-11-22T03:00Z", "--wait"])
+        );
+        assert!(parses(&["undo", "db-restore-1", "--wait", "-n", "shop"]) && parses(&["retry", "r"]));
+        for wrong in [&["db"][..], &[], &["--to", "newest"], &["undo"], &["db", "--to", "a", "--before", "b"]]
+        {
+            assert!(!parses(wrong), "{wrong:?}");
+        }
     }
 }

@@ -1,9 +1,11 @@
 //! `kubectl howdah`: what howdah protects, and the few things a user asks of it by hand.
 
 mod args;
+mod backup;
 mod lint;
 mod protect;
 mod prune;
+mod restore;
 mod status;
 mod table;
 
@@ -16,6 +18,9 @@ use howdah_adapters::shutdown::install_crypto_provider;
 
 use args::{Args, Command};
 
+/// Exit code of a command that stopped waiting for what goes on; 2 is clap's.
+const STILL_RUNNING: u8 = 3;
+
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     match run(Args::parse()).await {
@@ -25,7 +30,10 @@ async fn main() -> ExitCode {
         }
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            match error.downcast_ref::<backup::StillRunning>() {
+                Some(_) => ExitCode::from(STILL_RUNNING),
+                None => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -41,7 +49,9 @@ async fn run(Args { kubeconfig, command }: Args) -> anyhow::Result<(String, Exit
         // The manifest can be printed where no cluster can be reached.
         Command::Protect(arguments) if arguments.dry_run => protect::manifest(&arguments),
         Command::Protect(arguments) => protect::run(client().await?, arguments).await,
+        Command::Backup(arguments) => backup::run(client().await?, arguments).await,
         Command::Prune(arguments) => prune::run(client().await?, arguments).await,
+        Command::Restore(arguments) => restore::run(client().await?, arguments).await,
     }?;
     Ok((text, ExitCode::SUCCESS))
 }

@@ -78,9 +78,11 @@ fn item(backup: &PostgresBackup) -> Option<Item> {
         Phase::Failed => return None,
         _ => ItemState::Unfinished,
     };
+    let snapshot = status.snapshot.as_ref()?;
     Some(Item {
-        snapshot: status.snapshot.as_ref()?.name.clone(),
+        snapshot: snapshot.name.clone(),
         taken_at: status.slot?,
+        sequence: snapshot.id,
         state,
         held: backup.annotations().contains_key(names::HOLD),
         // Only Ceph knows; the scheduler asks it before each deletion.

@@ -107,6 +107,9 @@ fn state(
             return format!("annotation refused: {first}");
         }
     };
+    if let Some(gate) = &settings.gate {
+        return format!("held by {gate}: no backup begins; see kubectl get pgr");
+    }
     let status = newest.map(|backup| backup.status.clone().unwrap_or_default());
     let reason = |status: &BackupStatus| {
         let failure = status.failure.as_ref();
@@ -197,6 +200,8 @@ mod tests {
         assert!(shown(json!({}), &[]).contains("guarded; no schedule, no backups"));
         let suspended = json!({"howdah.dev/schedule": "@daily", "howdah.dev/suspend": "true"});
         assert!(shown(suspended, &[]).contains("suspended"));
+        let held = json!({"howdah.dev/schedule": "@daily", "howdah.dev/gate": "restore/r"});
+        assert!(shown(held, &[]).contains("held by restore/r"));
         let wrong = shown(json!({"howdah.dev/schedule": "whenever"}), &[]);
         assert!(wrong.contains("annotation refused: annotation howdah.dev/schedule"), "{wrong}");
         assert!(

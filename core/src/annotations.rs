@@ -448,6 +448,9 @@ mod tests {
         assert!(refused(names::SCHEDULE, "0 3 * * * * 2027").problem.contains("7 fields"));
         assert!(refused(names::SCHEDULE, "@reboot").problem.contains("nickname"));
         assert!(refused(names::SCHEDULE, "").problem.contains("empty"));
+        for two in ["0 3 * * *; 0 15 * * *", "0 3 * * *\n0 15 * * *", "0 3 * * * 0 15 * * *"] {
+            assert!(refused(names::SCHEDULE, two).problem.contains("more than one schedule"), "{two}");
+        }
         refused(names::SCHEDULE, "61 3 * * *");
         refused(names::SCHEDULE, "every day");
     }

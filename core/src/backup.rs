@@ -22,7 +22,7 @@ use jiff::{SignedDuration, Timestamp};
 use thiserror::Error;
 
 use crate::annotations::{Consistency, WantedConsistency};
-use crate::retention::SNAPSHOTS_PER_IMAGE_MAX;
+use crate::retention::{IMAGE_SNAPSHOTS_MAX, SNAPSHOTS_PER_IMAGE_MAX};
 
 pub use record::{
     BackupStatus, Condition, Failure, FailureKind, ImageRecord, Order, Phase, SnapshotRecord, StepOutcome,
@@ -46,6 +46,8 @@ pub const RECORD_RETRIES_MAX: u32 = 3;
 
 /// Condition: whether the backup is of the class `online`.
 pub const CONDITION_ONLINE: &str = "Online";
+/// Condition: whether the image was at rest, with nothing left to write.
+pub const CONDITION_AT_REST: &str = "AtRest";
 /// Condition: whether the catalogue entry stands in the metadata of the image.
 pub const CONDITION_CATALOGUED: &str = "Catalogued";
 /// Condition: whether pruning after this backup went through.
@@ -58,6 +60,10 @@ pub struct Facts {
     pub image: ImageRecord,
     /// Snapshots of ours the image carries now.
     pub snapshots: usize,
+    /// Snapshots of everybody, those in the trash included.
+    pub snapshots_in_all: usize,
+    /// The pool is full or nearly so: nothing may be added to it, but what retention gives up may go.
+    pub no_room: Option<Problem>,
     /// Whether a snapshot of the name this backup would use exists already.
     pub name_taken: bool,
     /// The database.
@@ -67,8 +73,11 @@ pub struct Facts {
 /// Whether somebody writes to the image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Database {
-    /// No pod and no watcher: the image is at rest.
-    Stopped,
+    /// No pod and no watcher: nobody writes to the image.
+    Stopped {
+        /// Why it cannot be said that no client left writes behind; `None` when it can.
+        doubt: Option<Problem>,
+    },
     /// A pod runs, and the image's watcher is its node.
     Running {
         /// The pod.
@@ -237,7 +246,12 @@ pub fn next(
         // No snapshot was tried yet, so closing the session undoes everything.
         (Phase::StartingBackupMode, Event::Failed(problem)) => {
             let mut effects = vec![Effect::AbandonBackupMode];
-            effects.extend(run.give_up_attempt(problem));
+            if run.may_go_without_session(&problem) {
+                run.give_up_session(&problem);
+                effects.extend(run.snapshot_after(StepOutcome::Failed, Some(sentence(&problem))));
+            } else {
+                effects.extend(run.give_up_attempt(problem));
+            }
             effects
         }
 
@@ -291,6 +305,10 @@ pub fn next(
             vec![Effect::Record]
         }
 
+        // Pruned to make room: the attempt itself was given up before.
+        (Phase::Pruning, Event::Pruned | Event::Failed(_)) if run.status.snapshot.is_none() => {
+            run.retry_or_fail(StepOutcome::Done, None)
+        }
         (Phase::Pruning, Event::Pruned) => {
             run.condition(CONDITION_PRUNED, "True", "Pruned", "the retention policy was applied");
             run.finish(Phase::Taken, StepOutcome::Done, None)
@@ -387,8 +405,13 @@ impl Run<'_> {
             return self.give_up_attempt(Problem::new(
                 FailureKind::Permanent,
                 format!("image {} has a snapshot {} already", facts.image.spec(), self.order.snapshot_name()),
-                "it was left untouched: it may be a backup whose record was deleted",
+                "it was left untouched: it is a backup whose record was deleted (kubectl howdah catalog rebuild brings \
+                 the record back), or another StatefulSet with a schedule uses the same volume (give one of them the \
+                 schedule)",
             ));
+        }
+        if let Some(problem) = facts.no_room {
+            return self.make_room(problem);
         }
         if facts.snapshots >= SNAPSHOTS_PER_IMAGE_MAX {
             return self.give_up_attempt(Problem::new(
@@ -397,13 +420,30 @@ impl Run<'_> {
                 "annotate the StatefulSet with howdah.dev/retention, or release holds, so that old ones are pruned",
             ));
         }
+        if facts.snapshots_in_all >= IMAGE_SNAPSHOTS_MAX {
+            return self.give_up_attempt(Problem::new(
+                FailureKind::Permanent,
+                format!("image {} carries {} snapshots already", facts.image.spec(), facts.snapshots_in_all),
+                "remove snapshots that are not howdah's (rbd snap ls --all): near 450 ceph-csi refuses to work on the \
+                 image, and near 510 the kernel refuses to map it",
+            ));
+        }
         let wanted = self.order.wanted;
         match facts.database {
             // At rest beats every other class, so it also serves an explicit `online`.
-            Database::Stopped => {
+            Database::Stopped { doubt: None } => {
+                self.condition(CONDITION_AT_REST, "True", "Unmapped", AT_REST_CLAIM);
                 self.status.consistency = Some(Consistency::Offline);
                 self.snapshot()
             }
+            Database::Stopped { doubt: Some(problem) }
+                if wanted.class() == Consistency::Crash || wanted.may_downgrade() =>
+            {
+                self.condition(CONDITION_AT_REST, "False", "NotProven", &sentence(&problem));
+                self.status.consistency = Some(Consistency::Crash);
+                self.snapshot()
+            }
+            Database::Stopped { doubt: Some(problem) } => self.give_up_attempt(problem),
             Database::Running { .. } if wanted == WantedConsistency::Explicit(Consistency::Offline) => self
                 .give_up_attempt(Problem::new(
                     FailureKind::Permanent,
@@ -426,13 +466,7 @@ impl Run<'_> {
                         self.snapshot()
                     }
                     Session::Absent(problem) if self.may_go_without_session(&problem) => {
-                        let message = sentence(&problem);
-                        let reason = match problem.kind {
-                            FailureKind::Credentials => "CredentialsMissing",
-                            _ => "NoAnswer",
-                        };
-                        self.condition(CONDITION_ONLINE, "False", reason, &message);
-                        self.status.consistency = Some(Consistency::Crash);
+                        self.give_up_session(&problem);
                         self.snapshot()
                     }
                     Session::Absent(problem) => self.give_up_attempt(problem),
@@ -452,8 +486,22 @@ impl Run<'_> {
         hopeless && self.order.wanted.may_downgrade()
     }
 
+    /// Settles for a crash-consistent snapshot, and says what is missing for an online one.
+    fn give_up_session(&mut self, problem: &Problem) {
+        let reason = match problem.kind {
+            FailureKind::Credentials => "CredentialsMissing",
+            _ => "NoAnswer",
+        };
+        self.condition(CONDITION_ONLINE, "False", reason, &sentence(problem));
+        self.status.consistency = Some(Consistency::Crash);
+    }
+
     fn snapshot(&mut self) -> Vec<Effect> {
-        self.enter(Phase::Snapshotting, StepOutcome::Done, None);
+        self.snapshot_after(StepOutcome::Done, None)
+    }
+
+    fn snapshot_after(&mut self, outcome: StepOutcome, message: Option<String>) -> Vec<Effect> {
+        self.enter(Phase::Snapshotting, outcome, message);
         vec![Effect::TakeSnapshot { name: self.order.snapshot_name() }]
     }
 
@@ -465,6 +513,16 @@ impl Run<'_> {
     fn prune(&mut self) -> Vec<Effect> {
         self.status.failure = None;
         self.enter(Phase::Pruning, StepOutcome::Done, None);
+        vec![Effect::Prune]
+    }
+
+    /// Refuses to add to a pool that has no room, and deletes first what the retention policy gives up anyway: without
+    /// that no backup could ever free the room the next one waits for.
+    fn make_room(&mut self, problem: Problem) -> Vec<Effect> {
+        let message = sentence(&problem);
+        self.fail(problem);
+        self.forget_snapshot();
+        self.enter(Phase::Pruning, StepOutcome::Failed, Some(message));
         vec![Effect::Prune]
     }
 
@@ -615,6 +673,12 @@ impl Run<'_> {
         });
     }
 }
+
+/// What an offline backup claims. Whether PostgreSQL itself had ended cleanly stands in `pg_control`, which cannot be read
+/// without mapping the image; it shows when a clone is started.
+const AT_REST_CLAIM: &str = "there was no pod, no client had the image open, and none had left its exclusive lock behind, \
+                             as one does that dies while it writes: every write is in the snapshot. Whether PostgreSQL \
+                             had shut down cleanly is not claimed; if it was killed, it recovers when it starts";
 
 /// Most steps a record keeps: six attempts of eight steps, and room for restarts.
 const STEPS_MAX: usize = 64;

@@ -5,10 +5,12 @@
 pub mod annotations;
 pub mod backup;
 pub mod catalogue;
+pub mod lineage;
 pub mod lint;
 pub mod names;
 pub mod policy;
 pub mod preflight;
+pub mod restore;
 pub mod retention;
 pub mod schedule;
 pub mod volume;

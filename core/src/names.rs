@@ -58,27 +58,58 @@ pub const ALLOW_DELETE: &str = "howdah.dev/allow-delete";
 
 /// Annotation on a `PostgresBackup`: never prune it, whatever its value (it may say why).
 pub const HOLD: &str = "howdah.dev/hold";
-/// Label on a `PostgresBackup`: the StatefulSet it belongs to.
+/// Annotation on a `PostgresRestore` that is stuck: a request to go on, [`RESUME_RETRY`] or [`RESUME_UNDO`], followed by
+/// anything that makes it differ from the last one.
+pub const RESUME: &str = "howdah.dev/resume";
+/// Begins a request to try the step again that failed.
+pub const RESUME_RETRY: &str = "retry";
+/// Begins a request to give the restore up and to put everything back.
+pub const RESUME_UNDO: &str = "undo";
+/// Finalizer on a `PostgresRestore` while its gate is closed: a record that is deleted then is a request to put
+/// everything back first.
+pub const RESTORE_FINALIZER: &str = "howdah.dev/restore";
+/// Label on a `PostgresBackup` or `PostgresRestore`: the StatefulSet it belongs to.
 pub const DATABASE_LABEL: &str = "howdah.dev/database";
 
 /// Prefix of every snapshot howdah takes. A snapshot without it is foreign and is never touched.
 pub const SNAPSHOT_PREFIX: &str = "howdah-";
 /// Prefix of the snapshots of backups made by hand.
 pub const MANUAL_SNAPSHOT_PREFIX: &str = "howdah-m-";
+/// Prefix of the snapshots that are taken before a rollback.
+pub const SAFETY_SNAPSHOT_PREFIX: &str = "howdah-pre-restore-";
 /// Prefix of the keys under which the catalogue stands in the metadata of an RBD image.
 pub const IMAGE_META_PREFIX: &str = "howdah.dev/backup/";
 
 /// Longest name of a Kubernetes object (a DNS subdomain).
 const OBJECT_NAME_MAX: usize = 253;
-/// A hyphen and fourteen digits: what [`backup_name`] adds to the name of the StatefulSet.
-const SLOT_SUFFIX_LEN: usize = 15;
+/// `-m-` and fourteen digits: the most that is added to the name of the StatefulSet.
+const SLOT_SUFFIX_LEN: usize = 17;
 
 /// Name of the `PostgresBackup` of `slot`; creating it is what reserves the slot.
 #[must_use]
 pub fn backup_name(stateful_set: &str, slot: Timestamp) -> String {
+    format!("{}-{}", beginning(stateful_set), slot.strftime("%Y%m%d%H%M%S"))
+}
+
+/// Name of a `PostgresBackup` that the command line asks for at `now`; no slot of a schedule has it.
+#[must_use]
+pub fn manual_backup_name(stateful_set: &str, now: Timestamp) -> String {
+    format!("{}-m-{}", beginning(stateful_set), now.strftime("%Y%m%d%H%M%S"))
+}
+
+/// As much of a StatefulSet's name as leaves room for a slot.
+fn beginning(stateful_set: &str) -> &str {
     let limit = OBJECT_NAME_MAX - SLOT_SUFFIX_LEN;
+    stateful_set.get(..limit.min(stateful_set.len())).unwrap_or(stateful_set)
+}
+
+/// Name of a `PostgresRestore` that is ordered at `now`; `verb` is `restore` or `undo`.
+#[must_use]
+pub fn restore_name(stateful_set: &str, verb: &str, now: Timestamp) -> String {
+    let suffix = format!("-{verb}-{}", now.strftime("%Y%m%d%H%M%S"));
+    let limit = OBJECT_NAME_MAX.saturating_sub(suffix.len());
     let name = stateful_set.get(..limit.min(stateful_set.len())).unwrap_or(stateful_set);
-    format!("{name}-{}", slot.strftime("%Y%m%d%H%M%S"))
+    format!("{name}{suffix}")
 }
 
 /// Name of the snapshot of a scheduled backup.
@@ -104,6 +135,12 @@ pub fn slot_of_snapshot(name: &str) -> Option<Timestamp> {
     (name == snapshot_name(slot) || name == manual_snapshot_name(slot)).then_some(slot)
 }
 
+/// The value of [`GATE`] that a restore closes with.
+#[must_use]
+pub fn gate_of_restore(restore: &str) -> String {
+    format!("{RESTORE_GATE}{restore}")
+}
+
 /// Key of the catalogue entry of `snapshot` in the metadata of its image.
 #[must_use]
 pub fn image_meta_key(snapshot: &str) -> String {
@@ -121,6 +158,7 @@ mod tests {
     #[test]
     fn names_derive_from_the_slot() {
         assert_eq!(backup_name("pg", slot()), "pg-20261122030000");
+        assert_eq!(manual_backup_name("pg", slot()), "pg-m-20261122030000");
         assert_eq!(snapshot_name(slot()), "howdah-20261122T030000Z");
         assert_eq!(manual_snapshot_name(slot()), "howdah-m-20261122T030000Z");
         assert_eq!(image_meta_key("howdah-20261122T030000Z"), "howdah.dev/backup/howdah-20261122T030000Z");
@@ -128,7 +166,10 @@ mod tests {
 
     #[test]
     fn a_long_name_still_fits_an_object_name() {
-        assert_eq!(backup_name(&"a".repeat(253), slot()).len(), OBJECT_NAME_MAX);
+        assert!(backup_name(&"a".repeat(253), slot()).len() <= OBJECT_NAME_MAX);
+        assert_eq!(manual_backup_name(&"a".repeat(253), slot()).len(), OBJECT_NAME_MAX);
+        assert_eq!(restore_name("pg", "undo", slot()), "pg-undo-20261122030000");
+        assert_eq!(restore_name(&"a".repeat(253), "restore", slot()).len(), OBJECT_NAME_MAX);
     }
 
     #[test]

@@ -50,7 +50,9 @@ pub fn one_claim(mounts: &[Mount], places: &[Place]) -> Result<String, Problem> 
                 return Err(Problem::new(
                     FailureKind::Permanent,
                     format!("{} lies on the claim {claim} and {} on {other_claim}", place.what, other.what),
-                    "keep the whole database on one claim: two images are not snapshotted at the same instant",
+                    "keep the whole database on one claim: two images are snapshotted at the same instant only as a group, \
+                     and before Ceph 19 no clone can be made of a group's snapshot, so it could be neither proven nor \
+                     restored beside the original",
                 ));
             }
             Some(_) => {}
@@ -165,19 +167,90 @@ pub fn watchers_fit(pod: &str, host_ips: &[String], watchers: &[String]) -> Resu
     ))
 }
 
-/// Whether the image is at rest.
+/// Whether the image of a stopped database is at rest. `owners` are the addresses that hold its exclusive lock.
+///
+/// A client that unmaps gives its lock back; one that dies while it writes leaves it listed until somebody breaks it
+/// (lab.md K6), and then nobody without the right to blocklist can take a snapshot either: Ceph answers EROFS.
 ///
 /// # Errors
-/// Names who has it open.
-pub fn at_rest(watchers: &[String]) -> Result<(), Problem> {
-    if watchers.is_empty() {
-        return Ok(());
+/// Names who has it open, or who left it.
+pub fn at_rest(image: &str, watchers: &[String], owners: &[String]) -> Result<(), Problem> {
+    if !watchers.is_empty() {
+        return Err(Problem::new(
+            FailureKind::Transient,
+            format!("there is no pod, but the image {image} is open on {}", watchers.join(", ")),
+            "wait until the volume is unmapped; a restore or another client may be using it",
+        ));
     }
-    Err(Problem::new(
-        FailureKind::Transient,
-        format!("there is no pod, but the image is open on {}", watchers.join(", ")),
-        "wait until the volume is unmapped; a restore or another client may be using it",
-    ))
+    if !owners.is_empty() {
+        return Err(Problem::new(
+            FailureKind::Permanent,
+            format!(
+                "the exclusive lock of {image} is still listed for {}: that client died or was cut off before it \
+                 unmapped the volume",
+                owners.join(", ")
+            ),
+            "start the database, so that its node takes the lock over and PostgreSQL recovers, and stop it again (scale \
+             the StatefulSet to 1, then to 0)",
+        ));
+    }
+    Ok(())
+}
+
+/// Why it cannot be said of an image at rest that no client left writes behind; `None` when it can.
+#[must_use]
+pub fn rest_unproven(image: &str, has_exclusive_lock: bool) -> Option<Problem> {
+    (!has_exclusive_lock).then(|| {
+        Problem::new(
+            FailureKind::Permanent,
+            format!(
+                "the image {image} lacks the feature exclusive-lock: a client that died would leave no trace"
+            ),
+            format!("run: rbd feature enable {image} exclusive-lock"),
+        )
+    })
+}
+
+/// A finding of Ceph's own health check (`ceph health detail`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// For instance `POOL_FULL`.
+    pub code: String,
+    /// One line.
+    pub summary: String,
+    /// One line for each thing that is affected.
+    pub details: Vec<String>,
+}
+
+/// Whether there is room for a backup in `pool`; `Some` is why not. Deleting works then, too.
+///
+/// Ceph itself judges, by the ratios its administrator has set: a snapshot keeps what would else be overwritten, so one
+/// taken of a busy database in a nearly full pool could be what stops the database. In a full one the command would
+/// hang.
+///
+/// # Errors
+/// The cluster is paused: no command would come to its end.
+pub fn cluster_fit(checks: &[HealthCheck], pool: &str) -> Result<Option<Problem>, Problem> {
+    let refuse = |reason: String, cure: &str| Problem::new(FailureKind::Transient, reason, cure);
+    let found = |code: &str| checks.iter().find(|check| check.code == code);
+    if let Some(check) = found("OSDMAP_FLAGS") {
+        let paused = ["pauserd", "pausewr"].iter().any(|flag| check.summary.contains(flag));
+        if paused {
+            let reason = format!("the Ceph cluster is paused ({})", check.summary);
+            return Err(refuse(reason, "run: ceph osd unset pause"));
+        }
+    }
+    // "pool 'replicapool' is full (running out of quota)", "pool 'replicapool' is nearfull" (as Ceph 16 says it).
+    let quoted = format!("'{pool}'");
+    let of_pool = |code: &str| found(code)?.details.iter().find(|line| line.contains(&quoted));
+    let codes = ["POOL_FULL", "POOL_BACKFILLFULL", "POOL_NEARFULL", "POOL_NEAR_FULL"];
+    Ok(codes.into_iter().find_map(of_pool).map(|line| {
+        refuse(
+            format!("Ceph says: {line}; a snapshot would keep what the database overwrites, and could fill it"),
+            "what howdah.dev/retention gives up is deleted now; if that is not enough, add OSDs, remove data that is not \
+             needed (ceph df; rbd du), or raise the pool's quota (ceph osd pool set-quota)",
+        )
+    }))
 }
 
 #[cfg(test)]
@@ -244,6 +317,7 @@ mod tests {
             map_options: map_options.to_owned(),
             encrypted,
             static_volume: false,
+            journal: None,
         };
         assert_eq!(volume_fit(&volume("krbd:noshare", false), true), Ok(()));
         assert!(volume_fit(&volume("krbd:exclusive", false), true).is_err());
@@ -262,7 +336,46 @@ mod tests {
             let problem = watchers_fit("pg-0", &host, &ips(wrong)).unwrap_err();
             assert!(problem.reason.contains(wrong[1]), "{}", problem.reason);
         }
-        assert_eq!(at_rest(&[]), Ok(()));
-        assert!(at_rest(&ips(&["192.168.9.4"])).unwrap_err().reason.contains("192.168.9.4"));
+        assert_eq!(at_rest("p/i", &[], &[]), Ok(()));
+        let in_use = at_rest("p/i", &ips(&["192.168.9.4"]), &[]).unwrap_err();
+        assert!(in_use.reason.contains("192.168.9.4") && in_use.kind == FailureKind::Transient);
+    }
+
+    #[test]
+    fn a_lock_that_was_left_is_named_and_an_image_without_locks_proves_nothing() {
+        let left = at_rest("p/i", &[], &["10.77.0.11:0/3".to_owned()]).unwrap_err();
+        assert!(left.reason.contains("10.77.0.11:0/3") && left.kind == FailureKind::Permanent, "{left:?}");
+        assert_eq!(rest_unproven("p/i", true), None);
+        assert!(rest_unproven("p/i", false).unwrap().cure.contains("exclusive-lock"));
+    }
+
+    fn check(code: &str, summary: &str, details: &[&str]) -> HealthCheck {
+        HealthCheck {
+            code: code.to_owned(),
+            summary: summary.to_owned(),
+            details: details.iter().map(|line| (*line).to_owned()).collect(),
+        }
+    }
+
+    #[test]
+    fn a_paused_cluster_is_named() {
+        assert_eq!(cluster_fit(&[], "rbd"), Ok(None));
+        let flags = |flags: &str| check("OSDMAP_FLAGS", &format!("{flags} flag(s) set"), &[]);
+        assert_eq!(cluster_fit(&[flags("noout,norebalance")], "rbd"), Ok(None));
+        let paused = cluster_fit(&[flags("pauserd,pausewr")], "rbd").unwrap_err();
+        assert!(paused.reason.contains("paused") && paused.cure.contains("unset pause"), "{paused:?}");
+    }
+
+    #[test]
+    fn a_full_or_nearly_full_pool_has_no_room_and_another_pool_has() {
+        for (code, line) in [
+            ("POOL_FULL", "pool 'rbd' is full (running out of quota)"),
+            ("POOL_NEARFULL", "pool 'rbd' is nearfull"),
+        ] {
+            let check = check(code, "1 pool(s) ...", &["pool 'ssd' is nearfull", line]);
+            let problem = cluster_fit(std::slice::from_ref(&check), "rbd").unwrap().unwrap();
+            assert!(problem.reason.contains(line) && problem.kind == FailureKind::Transient, "{problem:?}");
+            assert_eq!(cluster_fit(&[check], "rb"), Ok(None));
+        }
     }
 }

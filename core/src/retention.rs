@@ -12,6 +12,10 @@ use jiff::{SignedDuration, Timestamp, Zoned};
 /// krbd ends at 510. Under 200 leaves room for snapshots of others.
 pub const SNAPSHOTS_PER_IMAGE_MAX: usize = 190;
 
+/// Most snapshots of everybody that an image may carry when howdah adds one: well below ceph-csi's 450, where its own
+/// snapshots begin to fail, and krbd's 510, where the volume itself does.
+pub const IMAGE_SNAPSHOTS_MAX: usize = 400;
+
 /// Most snapshots deleted in one run: a deletion is paid by every OSD afterwards (snaptrim), and a policy written
 /// by mistake is noticed before it is carried out in full.
 pub const DELETIONS_PER_RUN_MAX: usize = 10;
@@ -169,8 +173,11 @@ fn age(key: &str, value: &str) -> Result<SignedDuration, String> {
 pub struct Item {
     /// The snapshot.
     pub snapshot: String,
-    /// When the backup was due: real time, never the order of names.
+    /// When the backup was due, by the clock of that time: it may have been wrong.
     pub taken_at: Timestamp,
+    /// The id of the snapshot. Ceph counts up, whatever any clock says: of two snapshots of a pool the one with the higher
+    /// id is the newer.
+    pub sequence: u64,
     /// What is known of the backup.
     pub state: ItemState,
     /// Somebody put a hold on it.
@@ -288,6 +295,9 @@ impl fmt::Display for DeleteReason {
 
 /// Judges every snapshot of an image; the answer is newest first.
 ///
+/// The never-list goes by the order in which Ceph took the snapshots, which no clock can change; the newest by the clock
+/// is kept, too. The rules go by the clock, as their calendar does.
+///
 /// `zone` gives the calendar. Ages are measured from the newest good backup, not from `now`, as restic does: a clock
 /// that runs ahead, or backups that stopped long ago, delete nothing.
 #[must_use]
@@ -301,7 +311,10 @@ pub fn plan(
     items.sort_by(|a, b| (b.taken_at, &b.snapshot).cmp(&(a.taken_at, &a.snapshot)));
     let good = |item: &Item| matches!(item.state, ItemState::Taken | ItemState::Verified);
     let present = |item: &Item| item.taken_at <= now;
-    let newest = |wanted: &dyn Fn(&Item) -> bool| items.iter().position(|item| present(item) && wanted(item));
+    let newest = |wanted: &dyn Fn(&Item) -> bool| -> [Option<usize>; 2] {
+        let by_sequence = (0..items.len()).filter(|i| wanted(&items[*i])).max_by_key(|i| items[*i].sequence);
+        [by_sequence, items.iter().position(|item| present(item) && wanted(item))]
+    };
     let newest_good = newest(&good);
     let newest_verified = newest(&|item| item.state == ItemState::Verified);
 
@@ -315,9 +328,10 @@ pub fn plan(
         keep_if(item.has_clones, KeepReason::HasClones);
         keep_if(item.in_use, KeepReason::InUse);
         keep_if(!present(item), KeepReason::FutureDated);
-        keep_if(newest_verified == Some(i), KeepReason::NewestVerified);
-        keep_if(newest_good == Some(i), KeepReason::NewestGood);
-        let nothing_newer = newest_good.is_none_or(|newest| newest > i);
+        keep_if(newest_verified.contains(&Some(i)), KeepReason::NewestVerified);
+        keep_if(newest_good.contains(&Some(i)), KeepReason::NewestGood);
+        let successor = |other: &Item| present(other) && good(other) && other.sequence > item.sequence;
+        let nothing_newer = !items.iter().any(successor);
         keep_if(item.state == ItemState::Unfinished && nothing_newer, KeepReason::NothingNewer);
         reasons.push(keep);
     }
@@ -449,7 +463,9 @@ mod tests {
 
     fn item(taken_at: Timestamp, state: ItemState) -> Item {
         let snapshot = crate::names::snapshot_name(taken_at);
-        Item { snapshot, taken_at, state, held: false, has_clones: false, in_use: false }
+        // As long as no clock jumps, the order of the ids is that of the times.
+        let sequence = taken_at.as_second().unsigned_abs();
+        Item { snapshot, taken_at, sequence, state, held: false, has_clones: false, in_use: false }
     }
 
     fn taken(text: &str) -> Item {
@@ -555,6 +571,19 @@ mod tests {
         // The future one is no successor: the newest good one is still of the present.
         let newest = plan.iter().find(|(item, _)| item.snapshot == items[0].snapshot).unwrap();
         assert!(matches!(&newest.1, Verdict::Keep(reasons) if reasons.contains(&KeepReason::NewestGood)));
+    }
+
+    #[test]
+    fn the_newest_is_the_last_that_ceph_took_whatever_its_date() {
+        // The clock was set back by a day before the last one was taken.
+        let mut items = hourly(3);
+        items.push(Item { sequence: u64::MAX, ..taken("2026-11-21T11:00:00Z") });
+        let plan = judged("last=1", &items);
+        let verdict = |date: &str| &plan.iter().find(|(item, _)| item.taken_at == at(date)).unwrap().1;
+        assert_eq!(*verdict("2026-11-21T11:00:00Z"), Verdict::Keep(vec![KeepReason::NewestGood]));
+        let by_clock = Verdict::Keep(vec![KeepReason::NewestGood, KeepReason::Last]);
+        assert_eq!(*verdict("2026-11-22T12:00:00Z"), by_clock);
+        assert_eq!(*verdict("2026-11-22T11:00:00Z"), Verdict::Delete(DeleteReason::NotKept));
     }
 
     #[test]
@@ -678,6 +707,120 @@ mod tests {
         fn a_newer_backup_never_brings_the_deletion_of_all_others_in_one_run(items in histories(), policy in policies()) {
             let plan = plan(at("2027-06-01T00:00:00Z"), &TimeZone::UTC, Some(&policy), &items);
             prop_assert!(deletions(&plan).count() <= DELETIONS_PER_RUN_MAX);
+        }
+    }
+
+    /// What happens to a database and its backups.
+    #[derive(Debug, Clone)]
+    enum Step {
+        /// Hours go by.
+        Pass(i64),
+        /// Somebody sets the clock.
+        SetClock(i64),
+        Take(ItemState),
+        /// A drill proves one of them; the number picks it.
+        Verify(usize),
+        Hold(usize),
+        Release(usize),
+        Clone(usize),
+        Policy(RetentionPolicy),
+        /// Pruning, while somebody puts a hold on one of them after the plan was made.
+        Prune(usize),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let taken = prop::sample::select(vec![ItemState::Taken, ItemState::Taken, ItemState::Unfinished]);
+        let step = prop_oneof![
+            6 => (0i64..40).prop_map(Step::Pass),
+            1 => (-3000i64..3000).prop_map(Step::SetClock),
+            8 => taken.prop_map(Step::Take),
+            2 => any::<usize>().prop_map(Step::Verify),
+            1 => any::<usize>().prop_map(Step::Hold),
+            1 => any::<usize>().prop_map(Step::Release),
+            1 => any::<usize>().prop_map(Step::Clone),
+            1 => policies().prop_map(Step::Policy),
+            6 => any::<usize>().prop_map(Step::Prune),
+        ];
+        proptest::collection::vec(step, 0..300)
+    }
+
+    /// An image, its snapshots in the order in which they were taken, and a clock that anybody may set.
+    struct History {
+        now: Timestamp,
+        taken: u64,
+        policy: RetentionPolicy,
+        items: Vec<Item>,
+    }
+
+    impl History {
+        fn pick(&mut self, number: usize) -> Option<&mut Item> {
+            let count = self.items.len();
+            (count > 0).then(|| &mut self.items[number % count])
+        }
+
+        /// The last that Ceph took of those that `wanted` picks.
+        fn newest(&self, wanted: impl Fn(&Item) -> bool) -> Option<u64> {
+            self.items.iter().filter(|item| wanted(item)).map(|item| item.sequence).max()
+        }
+
+        /// Prunes as the scheduler does: the plan first, and before each deletion another look at holds and clones.
+        fn prune(&mut self, held_meanwhile: usize) {
+            let plan = plan(self.now, &TimeZone::UTC, Some(&self.policy), &self.items);
+            let doomed: Vec<u64> = deletions(&plan).map(|(item, _)| item.sequence).collect();
+            assert!(doomed.len() <= DELETIONS_PER_RUN_MAX);
+            if let Some(item) = self.pick(held_meanwhile) {
+                item.held = true;
+            }
+            self.items.retain(|item| item.held || item.has_clones || !doomed.contains(&item.sequence));
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(96))]
+
+        /// Whatever the clock does, and whoever holds, verifies or clones in between: the newest verified backup is there
+        /// after each pruning, and so is the newest good one.
+        #[test]
+        fn the_newest_verified_backup_survives_everything(steps in steps()) {
+            let mut history = History {
+                now: at("2026-06-01T00:00:00Z"),
+                taken: 0,
+                policy: "last=1".parse().unwrap(),
+                items: Vec::new(),
+            };
+            for step in steps {
+                match step {
+                    Step::Pass(hours) | Step::SetClock(hours) => history.now += SignedDuration::from_hours(hours),
+                    Step::Take(state) => {
+                        history.taken += 1;
+                        // A second snapshot of the same name cannot be taken.
+                        if history.items.iter().all(|item| item.taken_at != history.now) {
+                            let sequence = history.taken;
+                            history.items.push(Item { sequence, ..item(history.now, state) });
+                        }
+                    }
+                    Step::Verify(number) => {
+                        if let Some(item) = history.pick(number).filter(|item| item.state == ItemState::Taken) {
+                            item.state = ItemState::Verified;
+                        }
+                    }
+                    Step::Hold(number) => drop(history.pick(number).map(|item| item.held = true)),
+                    Step::Release(number) => drop(history.pick(number).map(|item| item.held = false)),
+                    Step::Clone(number) => drop(history.pick(number).map(|item| item.has_clones = true)),
+                    Step::Policy(policy) => history.policy = policy,
+                    Step::Prune(held_meanwhile) => {
+                        let good = |item: &Item| matches!(item.state, ItemState::Taken | ItemState::Verified);
+                        let verified = |item: &Item| item.state == ItemState::Verified;
+                        let before = (history.newest(good), history.newest(verified));
+                        let held: Vec<u64> =
+                            history.items.iter().filter(|item| item.held).map(|item| item.sequence).collect();
+                        history.prune(held_meanwhile);
+                        prop_assert_eq!((history.newest(good), history.newest(verified)), before);
+                        let left = |sequence: &u64| history.items.iter().any(|item| item.sequence == *sequence);
+                        prop_assert!(held.iter().all(left), "a held backup was deleted");
+                    }
+                }
+            }
         }
     }
 }

@@ -15,6 +15,9 @@ use jiff::{SignedDuration, Timestamp};
 /// Longest cron expression that is read; a real one is under 40 characters.
 const EXPRESSION_MAX: usize = 256;
 
+/// Minute, hour, day, month, weekday.
+const FIELDS_MIN: usize = 5;
+
 /// A cron expression that has at least one occurrence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CronExpression {
@@ -69,6 +72,10 @@ impl FromStr for CronExpression {
         let cron = parser.parse(text).map_err(|error| match error {
             CronError::EmptyPattern => "is empty".to_owned(),
             CronError::InvalidPattern(_) if text.starts_with('@') => "is not a known nickname".to_owned(),
+            // Two of the shortest make ten fields, and nothing else that is written by mistake does.
+            _ if text.contains([';', '|', '\n']) || text.split_whitespace().count() >= 2 * FIELDS_MIN => {
+                "holds more than one schedule; a StatefulSet has one".to_owned()
+            }
             CronError::InvalidPattern(_) => {
                 format!("has {} fields instead of 5 or 6", text.split_whitespace().count())
             }
@@ -83,6 +90,18 @@ impl FromStr for CronExpression {
             .map_err(|_| "never happens (no such day in any year)".to_owned())?;
         Ok(Self { text: text.to_owned(), cron: Box::new(cron) })
     }
+}
+
+/// By how much the wall clock may run apart from the time that passes before it is called a jump; a clock that is slewed
+/// or a process that was stopped for a moment stays below.
+pub const CLOCK_JUMP_MIN: SignedDuration = SignedDuration::from_secs(30);
+
+/// By how much the wall clock jumped while `passed` went by on a clock that cannot: ahead is positive. `None` when it did
+/// not.
+#[must_use]
+pub fn clock_jump(passed: SignedDuration, before: Timestamp, now: Timestamp) -> Option<SignedDuration> {
+    let jump = now.duration_since(before).saturating_sub(passed);
+    (jump.abs() >= CLOCK_JUMP_MIN).then_some(jump)
 }
 
 /// How late a missed slot is still caught up; an older one is left out, and the next one runs.
@@ -340,6 +359,16 @@ mod tests {
         // The clock said 2030 for a while, and a backup was taken.
         database.slots.insert(at("2030-01-01T03:00:00Z"));
         assert_eq!(database.live("2026-11-22T02:59:00Z", "2026-11-22T03:30:00Z"), ["2026-11-22T03:00:00Z"]);
+    }
+
+    #[test]
+    fn a_jump_of_the_clock_is_told_in_both_directions() {
+        let (before, passed) = (at("2026-11-22T03:00:00Z"), SignedDuration::from_secs(5));
+        let jump = |now: &str| clock_jump(passed, before, at(now)).map(|jump| jump.as_secs());
+        assert_eq!(jump("2026-11-22T03:00:05Z"), None);
+        assert_eq!(jump("2026-11-22T03:00:20Z"), None, "a slow tick");
+        assert_eq!(jump("2026-11-22T04:00:05Z"), Some(3600));
+        assert_eq!(jump("2026-11-22T02:00:05Z"), Some(-3600));
     }
 
     #[test]

@@ -14,6 +14,8 @@ pub const RBD_DRIVER: &str = "rbd.csi.ceph.com";
 const DEFAULT_IMAGE_PREFIX: &str = "csi-vol-";
 /// The handle of a volume that was migrated from the in-tree provisioner begins with this.
 const MIGRATED_HANDLE_PREFIX: &str = "mig_";
+/// Before the uuid in the name of ceph-csi's omap object.
+const JOURNAL_OBJECT_PREFIX: &str = "csi.volume.";
 /// Kubernetes' own, removed, RBD volume plug-in.
 const IN_TREE_PROVISIONER: &str = "kubernetes.io/rbd";
 
@@ -62,6 +64,18 @@ pub struct RbdVolume {
     pub encrypted: bool,
     /// Whether the volume was made by hand, so that CSI snapshots and resizing do not work on it.
     pub static_volume: bool,
+    /// Where ceph-csi keeps its books of the volume; `None` for a static one, of which it keeps none.
+    pub journal: Option<Journal>,
+}
+
+/// The omap object in which ceph-csi keeps its books of a volume. Its key `csi.imageid` decides what is deleted with
+/// the volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Journal {
+    /// The pool of the object; it may be another than the image's.
+    pub pool: String,
+    /// The object.
+    pub object: String,
 }
 
 impl RbdVolume {
@@ -213,6 +227,10 @@ pub fn resolve(facts: &PersistentVolumeFacts) -> Result<RbdVolume, VolumeError> 
             format!("neither spec.csi.volumeAttributes nor its StorageClass has the key pool{number}");
         return Err(VolumeError::Incomplete { volume, what: "pool", detail });
     };
+    let journal = handle.as_ref().map(|handle| Journal {
+        pool: attribute("journalPool").unwrap_or_else(|| pool.clone()),
+        object: format!("{JOURNAL_OBJECT_PREFIX}{}", handle.uuid),
+    });
     let cluster_id = attribute("clusterID")
         .or_else(|| handle.map(|handle| handle.cluster_id))
         .or_else(|| of_class("clusterID"))
@@ -230,6 +248,7 @@ pub fn resolve(facts: &PersistentVolumeFacts) -> Result<RbdVolume, VolumeError> 
         map_options: attribute("mapOptions").or_else(|| of_class("mapOptions")).unwrap_or_default(),
         encrypted,
         static_volume,
+        journal,
     })
 }
 
@@ -288,6 +307,8 @@ mod tests {
         assert_eq!(found.image_spec(), "replicapool/csi-vol-from-attributes");
         assert_eq!(found.cluster_id, "rook-ceph");
         assert_eq!(found.map_options, "");
+        let journal = found.journal.as_ref().unwrap();
+        assert_eq!((journal.pool.as_str(), &journal.object), ("replicapool", &format!("csi.volume.{UUID}")));
         assert!(!found.static_volume && !found.encrypted && !found.mapped_exclusively());
     }
 
@@ -324,7 +345,7 @@ mod tests {
         };
         let found = resolve(&facts).unwrap();
         assert_eq!(found.image_spec(), "p/my-image");
-        assert!(found.static_volume);
+        assert!(found.static_volume && found.journal.is_none());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What the scheduler knows of the cluster without asking: protected StatefulSets and backups, kept by watches.
+//! What the scheduler knows of the cluster without asking: protected StatefulSets, backups and restores, kept by watches.
 //!
 //! A tick reads only these, so the number of API requests does not grow with the number of databases.
 
@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use futures::future::BoxFuture;
 use futures::{FutureExt as _, StreamExt as _};
-use howdah_adapters::records::PostgresBackup;
+use howdah_adapters::records::{PostgresBackup, PostgresRestore};
 use howdah_core::names;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use kube::runtime::reflector::store::Writer;
@@ -27,6 +27,7 @@ const FIRST_LIST_LIMIT: Duration = Duration::from_secs(120);
 pub struct Caches {
     databases: Store<StatefulSet>,
     backups: Store<PostgresBackup>,
+    restores: Store<PostgresRestore>,
 }
 
 impl Caches {
@@ -34,33 +35,36 @@ impl Caches {
     pub fn new(
         client: &Client,
         shutdown: &CancellationToken,
-    ) -> (Self, [BoxFuture<'static, anyhow::Result<()>>; 2]) {
+    ) -> (Self, [BoxFuture<'static, anyhow::Result<()>>; 3]) {
         let protected =
             watcher::Config::default().labels(&format!("{}={}", names::PROTECT_LABEL, names::PROTECT_VALUE));
         let (databases, databases_writer) = store();
         let (backups, backups_writer) = store();
+        let (restores, restores_writer) = store();
+        let everything = watcher::Config::default;
         let feeds = [
             feed(databases_writer, Api::all(client.clone()), protected, shutdown.clone()).boxed(),
-            feed(backups_writer, Api::all(client.clone()), watcher::Config::default(), shutdown.clone())
-                .boxed(),
+            feed(backups_writer, Api::all(client.clone()), everything(), shutdown.clone()).boxed(),
+            feed(restores_writer, Api::all(client.clone()), everything(), shutdown.clone()).boxed(),
         ];
-        (Self { databases, backups }, feeds)
+        (Self { databases, backups, restores }, feeds)
     }
 
-    /// Waits until both caches were filled once.
+    /// Waits until all caches were filled once.
     ///
     /// # Errors
     /// If that takes too long, which a missing right or a missing CustomResourceDefinition does.
     pub async fn filled(&self) -> anyhow::Result<()> {
-        let both = async {
+        let all = async {
             self.databases.wait_until_ready().await.context("list the protected StatefulSets")?;
-            self.backups.wait_until_ready().await.context("list the PostgresBackups")
+            self.backups.wait_until_ready().await.context("list the PostgresBackups")?;
+            self.restores.wait_until_ready().await.context("list the PostgresRestores")
         };
-        match tokio::time::timeout(FIRST_LIST_LIMIT, both).await {
+        match tokio::time::timeout(FIRST_LIST_LIMIT, all).await {
             Ok(done) => done,
             Err(_) => bail!(
-                "list StatefulSets and PostgresBackups in {} s: install the CustomResourceDefinitions and the \
-                 ClusterRole of deploy/",
+                "list StatefulSets, PostgresBackups and PostgresRestores in {} s: install the \
+                 CustomResourceDefinitions and the ClusterRole of deploy/",
                 FIRST_LIST_LIMIT.as_secs()
             ),
         }
@@ -76,6 +80,12 @@ impl Caches {
     #[must_use]
     pub fn backups(&self) -> Vec<Arc<PostgresBackup>> {
         self.backups.state()
+    }
+
+    /// The restores of all namespaces.
+    #[must_use]
+    pub fn restores(&self) -> Vec<Arc<PostgresRestore>> {
+        self.restores.state()
     }
 
     /// One protected StatefulSet.

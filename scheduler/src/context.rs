@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use howdah_adapters::kubernetes::Kubernetes;
-use tokio::sync::Semaphore;
+use howdah_core::preflight::HealthCheck;
+use tokio::sync::{Mutex, Semaphore};
+use tokio::time::Instant;
 
 use crate::args::Args;
 use crate::cache::Caches;
@@ -22,4 +24,6 @@ pub struct Context {
     pub metrics: Metrics,
     /// One permit for each backup that may be under way.
     pub permits: Arc<Semaphore>,
+    /// What Ceph's health check found, and when.
+    pub health: Mutex<Option<(Instant, Vec<HealthCheck>)>>,
 }

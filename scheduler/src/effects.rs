@@ -125,7 +125,7 @@ impl<'a> Effects<'a> {
         status: &BackupStatus,
     ) -> Result<Option<Event>, Problem> {
         Ok(match effect {
-            Effect::Preflight => Some(Event::PreflightPassed(Box::new(self.preflight().await?))),
+            Effect::Preflight => Some(Event::PreflightPassed(Box::new(Box::pin(self.preflight()).await?))),
             Effect::StartBackupMode { label } => Some(self.start_backup_mode(label).await?),
             Effect::TakeSnapshot { name } => Some(self.take_snapshot(image_of(status)?, name).await?),
             Effect::FindSnapshot { name } => {

@@ -1,7 +1,8 @@
-//! The scheduler of howdah: cron wake-ups become backups, and old backups are pruned.
+//! The scheduler of howdah: cron wake-ups become backups, old backups are pruned, and restores are carried out.
 //!
 //! Read it along a tick: [`tick`] wakes and asks `howdah_core::schedule` what is due, [`run`] drives the operation
-//! ([`backup`]: `howdah_core::backup`), [`effects`] does what that says through `howdah_adapters`.
+//! ([`backup`]: `howdah_core::backup`, [`restore`]: `howdah_core::restore`), [`effects`] and [`restore`] do what that
+//! says through `howdah_adapters`.
 
 pub mod args;
 mod backup;
@@ -10,6 +11,7 @@ mod context;
 mod effects;
 mod metrics;
 mod prune;
+mod restore;
 mod run;
 mod tick;
 
@@ -21,7 +23,7 @@ use howdah_adapters::kubernetes::{self, Kubernetes};
 use howdah_adapters::leader::{Election, LeaderSettings};
 use howdah_adapters::shutdown::{self, Tasks};
 use howdah_adapters::telemetry::{self, Diagnostics, Readiness};
-use tokio::sync::Semaphore;
+use tokio::sync::{Mutex, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -55,6 +57,7 @@ pub async fn serve(args: Args) -> anyhow::Result<()> {
         kubernetes: Kubernetes::new(client, NAME),
         caches,
         metrics,
+        health: Mutex::new(None),
         args,
     });
 
@@ -62,9 +65,10 @@ pub async fn serve(args: Args) -> anyhow::Result<()> {
     let drained = CancellationToken::new();
     let mut tasks = Tasks::new(shutdown.clone());
     tasks.spawn("diagnostics", diagnostics.serve(drained.clone()));
-    let [databases, backups] = feeds;
+    let [databases, backups, restores] = feeds;
     tasks.spawn("watch StatefulSets", databases);
     tasks.spawn("watch PostgresBackups", backups);
+    tasks.spawn("watch PostgresRestores", restores);
     tasks.spawn("schedule", async move {
         let _drained = drained.drop_guard();
         tokio::select! {

@@ -4,6 +4,7 @@ use std::sync::atomic::AtomicU64;
 
 use howdah_core::annotations::Consistency;
 use howdah_core::backup::{BackupStatus, Phase};
+use howdah_core::restore::{Phase as RestorePhase, RestoreStatus};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -21,17 +22,24 @@ struct Outcome {
     consistency: &'static str,
 }
 
+/// How a restore ended.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RestoreOutcome {
+    outcome: &'static str,
+}
+
 /// The metrics of the scheduler; clones share the values.
 #[derive(Debug, Clone)]
 pub struct Metrics {
     backups: Family<Outcome, Counter>,
     duration: Histogram,
     last_end: Family<Outcome, Gauge<f64, AtomicU64>>,
+    restores: Family<RestoreOutcome, Counter>,
     /// Age of the last good backup of the database that has waited longest for one.
     pub stalest_success: Gauge<f64, AtomicU64>,
     /// Protected databases that have a schedule and no good backup at all.
     pub without_backup: Gauge,
-    /// Backups under way.
+    /// Backups and restores under way.
     pub open: Gauge,
     /// 1 while this replica leads.
     pub leading: Gauge,
@@ -41,6 +49,8 @@ pub struct Metrics {
     pub pruned: Counter,
     /// Slots that were missed by more than the catch-up deadline.
     pub missed: Counter,
+    /// Times the wall clock was seen to jump.
+    pub clock_jumps: Counter,
     /// Protected databases whose annotations do not parse.
     pub unreadable: Gauge,
 }
@@ -63,6 +73,7 @@ impl Metrics {
                 "When the last backup with this outcome ended, since this replica leads",
                 Family::default(),
             ),
+            restores: added(registry, "restores", "Restores that ended", Family::default()),
             stalest_success: added(
                 registry,
                 "stalest_success_age_seconds",
@@ -75,7 +86,7 @@ impl Metrics {
                 "Scheduled databases without any good backup",
                 Gauge::default(),
             ),
-            open: added(registry, "backups_open", "Backups under way", Gauge::default()),
+            open: added(registry, "backups_open", "Backups and restores under way", Gauge::default()),
             leading: added(registry, "leading", "1 while this replica leads", Gauge::default()),
             ticks: added(registry, "ticks", "Looks at the schedules", Counter::default()),
             pruned: added(registry, "snapshots_pruned", "Snapshots deleted by retention", Counter::default()),
@@ -85,6 +96,12 @@ impl Metrics {
                 "Slots that were missed by more than the catch-up deadline",
                 Counter::default(),
             ),
+            clock_jumps: added(
+                registry,
+                "clock_jumps",
+                "Times the wall clock was seen to jump by half a minute or more",
+                Counter::default(),
+            ),
             unreadable: added(
                 registry,
                 "databases_unreadable",
@@ -92,6 +109,16 @@ impl Metrics {
                 Gauge::default(),
             ),
         }
+    }
+
+    /// Counts a restore that ended.
+    pub fn restore_ended(&self, status: &RestoreStatus) {
+        let outcome = match status.phase {
+            RestorePhase::Completed => "completed",
+            RestorePhase::Stuck => "stuck",
+            _ => "failed",
+        };
+        self.restores.get_or_create(&RestoreOutcome { outcome }).inc();
     }
 
     /// Counts a backup that ended.

@@ -2,6 +2,9 @@
 //!
 //! The facts are read fresh, judged by [`retention::plan`], and each deletion is checked once more. A deletion goes
 //! snapshot, catalogue entry, record, in this order: whatever is left after a crash is found by the next run.
+//!
+//! A restore may have set the image aside that earlier backups lie in: all images of the lineage are judged as one, and
+//! an image that was set aside goes to the trash once its time is over and nothing depends on it.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,6 +15,7 @@ use howdah_adapters::records::PostgresBackup;
 use howdah_core::annotations::Settings;
 use howdah_core::backup::{BackupStatus, ImageRecord, Phase};
 use howdah_core::catalogue::Entry;
+use howdah_core::lineage::{self, Predecessor};
 use howdah_core::names;
 use howdah_core::retention::{self, Item, ItemState, KeepReason, Verdict};
 use jiff::Timestamp;
@@ -77,6 +81,13 @@ pub struct Pruning<'a> {
     pub settings: &'a Settings,
 }
 
+/// One image that the database lies in or lay in, and what is in it.
+struct Held {
+    image: ImageRecord,
+    snapshots: Vec<Snapshot>,
+    metadata: BTreeMap<String, String>,
+}
+
 impl Pruning<'_> {
     /// Applies the retention policy once.
     ///
@@ -89,9 +100,8 @@ impl Pruning<'_> {
             return Err(PruneError::OtherImage { image, found: info.id, wanted: self.image.id.clone() });
         }
         let records = self.records().await?;
-        let snapshots = self.ceph.snapshots(&image).await?;
-        let catalogue = self.ceph.metadata(&image).await?;
-        let items = self.items(&snapshots, &catalogue, &records);
+        let all = self.lineage().await?;
+        let items: Vec<Item> = all.iter().flat_map(|held| self.items(held, &records)).collect();
         let plan = retention::plan(now, &self.settings.time_zone, self.settings.retention.as_ref(), &items);
         let mut pruned = Pruned {
             kept: plan.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Keep(_))).count(),
@@ -104,14 +114,82 @@ impl Pruning<'_> {
             }
         }
         for (item, reason) in retention::deletions(&plan) {
-            if self.delete(item, &records).await? {
+            let mut holders = all.iter().filter(|held| held.has(&item.snapshot));
+            let (Some(held), None) = (holders.next(), holders.next()) else {
+                info!(snapshot = item.snapshot, "kept: two images have a snapshot of this name");
+                continue;
+            };
+            if self.delete(item, held, &records).await? {
+                let image = held.image.spec();
                 info!(image, snapshot = item.snapshot, reason = %reason, "backup deleted by retention");
                 pruned.deleted.push((item.snapshot.clone(), reason.to_string()));
                 tokio::time::sleep(PAUSE).await;
             }
         }
-        self.tidy_records(&records, &snapshots, &pruned).await;
+        self.tidy_records(&records, &all, &pruned).await;
+        self.retire(&all, now).await?;
         Ok(pruned)
+    }
+
+    /// The image, and those that it took the place of and that are still there.
+    async fn lineage(&self) -> Result<Vec<Held>, PruneError> {
+        let live = self.held(self.image.clone()).await?;
+        let mut all = Vec::new();
+        for id in lineage::ids(&live.metadata) {
+            let wanted = ImageRecord { id, ..self.image.clone() };
+            match self.ceph.image_by_id(&wanted).await {
+                Ok(found) => all.push(self.held(ImageRecord { name: found.name, ..wanted }).await?),
+                Err(error) if error.is_not_found() => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        all.insert(0, live);
+        Ok(all)
+    }
+
+    async fn held(&self, image: ImageRecord) -> Result<Held, CephError> {
+        let spec = image.spec();
+        let snapshots = self.ceph.snapshots(&spec).await?;
+        let metadata = self.ceph.metadata(&spec).await?;
+        Ok(Held { image, snapshots, metadata })
+    }
+
+    /// Ends what restores kept for an undo, once its time is over and nothing depends on it. An image goes to the trash
+    /// and no further; while it has a snapshot (a backup, or the parent of a clone such as the live image) it stays.
+    async fn retire(&self, all: &[Held], now: Timestamp) -> Result<(), PruneError> {
+        for held in all {
+            let image = held.image.spec();
+            for (snapshot, until) in lineage::safety_snapshots(&held.metadata) {
+                let there = held.has(&snapshot);
+                if until.is_none_or(|until| until > now) && there {
+                    continue;
+                }
+                if there && !self.ceph.children(&image, &snapshot).await?.is_empty() {
+                    continue;
+                }
+                if there {
+                    self.ceph.remove_snapshot(&image, &snapshot).await?;
+                    info!(image, snapshot, "safety snapshot removed: its time is over");
+                }
+                self.ceph.remove_metadata(&image, &lineage::safety_key(&snapshot)).await?;
+            }
+        }
+        let Some((live, set_aside)) = all.split_first() else { return Ok(()) };
+        for held in set_aside {
+            let (image, key) = (held.image.spec(), lineage::key(&held.image.id));
+            let entry = live.metadata.get(&key).and_then(|value| Predecessor::from_value(value).ok());
+            if entry.is_none_or(|entry| entry.until > now) {
+                continue;
+            }
+            let free =
+                self.ceph.snapshots(&image).await?.is_empty() && self.ceph.watchers(&image).await?.is_empty();
+            if free {
+                self.ceph.move_to_trash(&image).await?;
+                info!(image, "safety copy moved to the trash: its time is over, and nothing depends on it");
+                self.ceph.remove_metadata(&live.image.spec(), &key).await?;
+            }
+        }
+        Ok(())
     }
 
     /// The records of this database, from the API server itself: a cache could hide a hold.
@@ -139,16 +217,12 @@ impl Pruning<'_> {
         })
     }
 
-    /// What is known of each snapshot of the image. Its clones are asked for only before a deletion.
-    fn items(
-        &self,
-        snapshots: &[Snapshot],
-        catalogue: &BTreeMap<String, String>,
-        records: &[PostgresBackup],
-    ) -> Vec<Item> {
+    /// What is known of each snapshot of an image. Its clones are asked for only before a deletion.
+    fn items(&self, held: &Held, records: &[PostgresBackup]) -> Vec<Item> {
+        let Held { image, snapshots, metadata } = held;
         let item = |snapshot: &Snapshot| {
             let name = &snapshot.name;
-            let own = records.iter().filter(|record| self.is_of(record, snapshot));
+            let own = records.iter().filter(|record| is_of(record, snapshot, image));
             let (mut held, mut in_use, mut taken) = (false, false, false);
             for record in own {
                 held |= record.annotations().contains_key(names::HOLD);
@@ -157,11 +231,12 @@ impl Pruning<'_> {
                 // `Stuck` waits for a human, who may still want to look.
                 in_use |= !phase.is_terminal() || phase == Phase::Stuck;
             }
-            let just_taken = self.status.snapshot.as_ref().is_some_and(|own| own.id == snapshot.id);
-            let catalogued = catalogue
+            let just_taken = image.id == self.image.id
+                && self.status.snapshot.as_ref().is_some_and(|own| own.id == snapshot.id);
+            let catalogued = metadata
                 .get(&names::image_meta_key(name))
                 .and_then(|value| Entry::from_value(value).ok())
-                .is_some_and(|entry| entry.snapshot_id == snapshot.id && entry.image_id == self.image.id);
+                .is_some_and(|entry| entry.snapshot_id == snapshot.id && entry.image_id == image.id);
             let slot = names::slot_of_snapshot(name).filter(|_| snapshot.by_user);
             let state = match slot {
                 None => ItemState::Foreign,
@@ -171,6 +246,7 @@ impl Pruning<'_> {
             Item {
                 snapshot: name.clone(),
                 taken_at: slot.unwrap_or(Timestamp::UNIX_EPOCH),
+                sequence: snapshot.id,
                 state,
                 held,
                 has_clones: snapshot.protected,
@@ -180,22 +256,9 @@ impl Pruning<'_> {
         snapshots.iter().map(item).collect()
     }
 
-    /// Whether `record` is of `snapshot`: by id once it is known, by name before.
-    fn is_of(&self, record: &PostgresBackup, snapshot: &Snapshot) -> bool {
-        let Some(status) = &record.status else { return false };
-        match (&status.snapshot, &status.image) {
-            (Some(own), Some(image)) => own.id == snapshot.id && image.id == self.image.id,
-            _ => {
-                let Some(slot) = status.slot else { return false };
-                snapshot.name == names::snapshot_name(slot)
-                    || snapshot.name == names::manual_snapshot_name(slot)
-            }
-        }
-    }
-
     /// Deletes one backup, unless somebody came to need it in the meantime.
-    async fn delete(&self, item: &Item, records: &[PostgresBackup]) -> Result<bool, PruneError> {
-        let image = self.image.spec();
+    async fn delete(&self, item: &Item, held: &Held, records: &[PostgresBackup]) -> Result<bool, PruneError> {
+        let image = held.image.spec();
         let clones = self.ceph.children(&image, &item.snapshot).await?;
         if !clones.is_empty() {
             info!(image, snapshot = item.snapshot, clones = clones.join(", "), "kept: it has clones");
@@ -203,8 +266,9 @@ impl Pruning<'_> {
         }
         let api = Api::<PostgresBackup>::namespaced(self.client.clone(), self.namespace);
         let record = records.iter().find(|record| {
-            let own = record.status.as_ref().and_then(|status| status.snapshot.as_ref());
-            own.is_some_and(|own| own.name == item.snapshot)
+            let status = record.status.as_ref();
+            let own = status.and_then(|status| status.snapshot.as_ref().zip(status.image.as_ref()));
+            own.is_some_and(|(own, image)| own.name == item.snapshot && image.id == held.image.id)
         });
         if let Some(record) = record {
             let name = record.name_any();
@@ -244,17 +308,18 @@ impl Pruning<'_> {
         }
     }
 
-    /// Deletes records that stand for nothing: of snapshots that are gone from this image, and old failures.
-    async fn tidy_records(&self, records: &[PostgresBackup], snapshots: &[Snapshot], pruned: &Pruned) {
+    /// Deletes records that stand for nothing: of snapshots that are gone from their image, and old failures.
+    async fn tidy_records(&self, records: &[PostgresBackup], all: &[Held], pruned: &Pruned) {
         let is_held = |record: &PostgresBackup| record.annotations().contains_key(names::HOLD);
         let gone = |record: &&PostgresBackup| {
             let Some(status) = &record.status else { return false };
             let (Some(own), Some(image)) = (&status.snapshot, &status.image) else { return false };
             let deleted = pruned.deleted.iter().any(|(name, _)| *name == own.name);
+            // Of an image that is not there nothing is known.
+            let held = all.iter().find(|held| held.image.id == image.id);
             status.phase.is_success()
-                && image.id == self.image.id
                 && !deleted
-                && snapshots.iter().all(|snapshot| snapshot.id != own.id)
+                && held.is_some_and(|held| held.snapshots.iter().all(|snapshot| snapshot.id != own.id))
         };
         let mut failed: Vec<&PostgresBackup> = records
             .iter()
@@ -268,6 +333,25 @@ impl Pruning<'_> {
                 Ok(()) => info!(backup = record.name_any(), "record deleted: it stands for no snapshot"),
                 Err(error) => warn!(backup = record.name_any(), error = %error, "delete a stale record"),
             }
+        }
+    }
+}
+
+impl Held {
+    /// Whether a user's snapshot has this name.
+    fn has(&self, snapshot: &str) -> bool {
+        self.snapshots.iter().any(|found| found.by_user && found.name == snapshot)
+    }
+}
+
+/// Whether `record` is of `snapshot` in `image`: by id once it is known, by name before.
+fn is_of(record: &PostgresBackup, snapshot: &Snapshot, image: &ImageRecord) -> bool {
+    let Some(status) = &record.status else { return false };
+    match (&status.snapshot, &status.image) {
+        (Some(own), Some(of)) => own.id == snapshot.id && of.id == image.id,
+        _ => {
+            let Some(slot) = status.slot else { return false };
+            snapshot.name == names::snapshot_name(slot) || snapshot.name == names::manual_snapshot_name(slot)
         }
     }
 }

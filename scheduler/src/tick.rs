@@ -7,16 +7,16 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use howdah_adapters::kubernetes::{KubernetesError, call};
-use howdah_adapters::records::{PostgresBackup, PostgresBackupSpec};
+use howdah_adapters::records::{PostgresBackup, PostgresBackupSpec, PostgresRestore};
 use howdah_core::annotations::{self, Settings};
 use howdah_core::backup::{Phase, Trigger};
 use howdah_core::names;
 use howdah_core::schedule::{self, Decision, Known, Waiting};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::apps::v1::StatefulSet;
 use kube::api::{ObjectMeta, PostParams};
 use kube::{Api, ResourceExt as _};
@@ -26,8 +26,8 @@ use tokio_cron_scheduler::{Job, JobScheduler};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::backup;
 use crate::context::Context;
+use crate::{backup, restore};
 
 /// Wake-ups in a row that may stay out before the alarm clock is wound again.
 const SILENT_WAKES_MAX: u32 = 4;
@@ -106,6 +106,8 @@ struct Term {
     reserved: HashMap<String, BTreeSet<Timestamp>>,
     /// Slots already reported as missed.
     missed: HashSet<(String, Timestamp)>,
+    /// The last look at both clocks: the one that cannot jump, and the wall's.
+    clocks: Option<(Instant, Timestamp)>,
 }
 
 /// Namespace and name of a StatefulSet.
@@ -121,6 +123,7 @@ impl Term {
             seen: HashMap::new(),
             reserved: HashMap::new(),
             missed: HashSet::new(),
+            clocks: None,
         }
     }
 
@@ -147,6 +150,7 @@ impl Term {
 
     async fn tick(&mut self, now: Timestamp) {
         self.cx.metrics.ticks.inc();
+        self.watch_clock(now);
         let backups = self.cx.caches.backups();
         let databases = self.cx.caches.databases();
         let mut unreadable = 0;
@@ -159,8 +163,23 @@ impl Term {
         }
         self.cx.metrics.unreadable.set(unreadable);
         self.measure(&databases, &backups, now);
-        self.take_up(&backups);
+        self.take_up(&backups, &self.cx.caches.restores());
         self.forget(&databases);
+    }
+
+    /// Says when the wall clock was set: what was due or dated by the old time then looks odd, and is no fault.
+    fn watch_clock(&mut self, now: Timestamp) {
+        let last = self.clocks.replace((Instant::now(), now));
+        let Some((when, before)) = last else { return };
+        let passed = SignedDuration::try_from(when.elapsed()).unwrap_or(SignedDuration::MAX);
+        if let Some(jump) = schedule::clock_jump(passed, before, now) {
+            warn!(
+                jump_s = jump.as_secs(),
+                "the clock was set: see to time synchronisation; no slot is repeated, and backups dated in the future are \
+                 kept until their time has come"
+            );
+            self.cx.metrics.clock_jumps.inc();
+        }
     }
 
     /// Reserves the slot of one database if it is due.
@@ -172,6 +191,10 @@ impl Term {
         now: Timestamp,
     ) {
         let Some(expression) = &settings.schedule else { return };
+        // An operation holds the database: a slot that falls due meanwhile is caught up afterwards, or was missed.
+        if settings.gate.is_some() {
+            return;
+        }
         let key = key_of(database);
         let uid = database.uid().unwrap_or_default();
         let own: Vec<&PostgresBackup> =
@@ -256,7 +279,7 @@ impl Term {
         match call(attempt, api.create(&parameters, &backup)).await {
             Ok(created) => {
                 self.reserved.entry(uid.unwrap_or_default()).or_default().insert(slot);
-                self.spawn(created);
+                self.spawn(Work::backup(&created));
             }
             // Another leader reserved it and the cache does not show it yet.
             Err(KubernetesError::AlreadyExists { .. }) => {
@@ -268,34 +291,43 @@ impl Term {
         }
     }
 
-    /// Gives every open backup somebody to run it, one for each database: what was begun first, then by slot.
-    fn take_up(&mut self, backups: &[Arc<PostgresBackup>]) {
-        let mut open: Vec<&PostgresBackup> =
-            backups.iter().map(Arc::as_ref).filter(|backup| !phase_of(backup).is_terminal()).collect();
-        open.sort_by_key(|backup| {
-            let begun = phase_of(backup) != Phase::Reserved;
-            (!begun, backup.spec.slot.or(created_at(backup)), backup.name_any())
-        });
-        for backup in open {
-            let key = (backup.namespace().unwrap_or_default(), backup.spec.stateful_set.clone());
-            if !self.running.values().any(|running| *running == key) {
-                self.spawn(backup.clone());
+    /// Gives every open operation somebody to run it, one for each database: what was begun first, then by age.
+    fn take_up(&mut self, backups: &[Arc<PostgresBackup>], restores: &[Arc<PostgresRestore>]) {
+        let backups = backups.iter().filter(|backup| !phase_of(backup).is_terminal());
+        let backups = backups.map(|backup| Work::backup(backup));
+        let restores = restores.iter().filter(|restore| restore::is_open(restore));
+        let restores = restores.map(|restore| Work::restore(restore));
+        let mut open: Vec<Work> = backups.chain(restores).collect();
+        open.sort_by(|a, b| (!a.begun, a.since, &a.name).cmp(&(!b.begun, b.since, &b.name)));
+        for work in open {
+            let free = !self.running.values().any(|running| *running == work.key);
+            if free && (work.kind == Kind::Restore || work.begun || !self.is_held(&work.key)) {
+                self.spawn(work);
             }
         }
     }
 
-    fn spawn(&mut self, backup: PostgresBackup) {
-        let key = (backup.namespace().unwrap_or_default(), backup.spec.stateful_set.clone());
+    /// Whether an operation holds the database; then no backup of it begins.
+    fn is_held(&self, (namespace, name): &DatabaseKey) -> bool {
+        let database = self.cx.caches.database(namespace, name);
+        database.is_some_and(|database| database.annotations().contains_key(names::GATE))
+    }
+
+    fn spawn(&mut self, work: Work) {
         let (cx, lost) = (self.cx.clone(), self.lost.clone());
+        let Work { key, name, kind, .. } = work;
+        let namespace = key.0.clone();
         let task = self.runs.spawn(async move {
-            let name = backup.name_any();
-            let namespace = backup.namespace().unwrap_or_default();
-            if let Err(error) = backup::run(&cx, &namespace, &name, &lost).await {
+            let ended = match kind {
+                Kind::Backup => backup::run(&cx, &namespace, &name, &lost).await,
+                Kind::Restore => restore::run(&cx, &namespace, &name, &lost).await,
+            };
+            if let Err(error) = ended {
                 warn!(
                     namespace,
-                    backup = name,
+                    name,
                     error = format!("{error:#}"),
-                    "backup interrupted: taking it up again"
+                    "operation interrupted: taking it up again"
                 );
             }
         });
@@ -330,6 +362,46 @@ impl Term {
     }
 }
 
+/// An operation that is open.
+#[derive(Debug)]
+struct Work {
+    key: DatabaseKey,
+    begun: bool,
+    /// Its slot, or when it was created.
+    since: Option<Timestamp>,
+    name: String,
+    kind: Kind,
+}
+
+impl Work {
+    fn backup(backup: &PostgresBackup) -> Self {
+        Self {
+            key: (backup.namespace().unwrap_or_default(), backup.spec.stateful_set.clone()),
+            begun: phase_of(backup) != Phase::Reserved,
+            since: backup.spec.slot.or(created_at(backup)),
+            name: backup.name_any(),
+            kind: Kind::Backup,
+        }
+    }
+
+    fn restore(restore: &PostgresRestore) -> Self {
+        Self {
+            key: (restore.namespace().unwrap_or_default(), restore.spec.stateful_set.clone()),
+            begun: restore.status.is_some(),
+            since: created_at(restore),
+            name: restore.name_any(),
+            kind: Kind::Restore,
+        }
+    }
+}
+
+/// What kind of operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Backup,
+    Restore,
+}
+
 fn key_of(database: &StatefulSet) -> DatabaseKey {
     (database.namespace().unwrap_or_default(), database.name_any())
 }
@@ -345,6 +417,6 @@ fn phase_of(backup: &PostgresBackup) -> Phase {
     backup.status.as_ref().map(|status| status.phase).unwrap_or_default()
 }
 
-fn created_at(backup: &PostgresBackup) -> Option<Timestamp> {
-    backup.metadata.creation_timestamp.as_ref().map(|time| time.0)
+fn created_at(record: &impl kube::Resource) -> Option<Timestamp> {
+    record.meta().creation_timestamp.as_ref().map(|time| time.0)
 }

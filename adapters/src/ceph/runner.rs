@@ -132,9 +132,11 @@ impl Runner {
         attempt: &str,
     ) -> Result<Answer, CephError> {
         let call = Call { program, arguments, limit, attempt };
+        // On the heap: several calls at once, each with the state of both ways inside, have overflowed a worker's stack in
+        // an unoptimised build.
         let answer = match self {
-            Self::Local(local) => local.run(&call).await?,
-            Self::Toolbox(toolbox) => toolbox.run(&call).await?,
+            Self::Local(local) => Box::pin(local.run(&call)).await?,
+            Self::Toolbox(toolbox) => Box::pin(toolbox.run(&call)).await?,
         };
         if answer.stdout.len() >= STDOUT_BYTES_MAX {
             return Err(call.failed(format!("its answer is longer than {STDOUT_BYTES_MAX} bytes")));

@@ -25,6 +25,10 @@ fn image() -> ImageRecord {
     }
 }
 
+fn facts(database: Database) -> Facts {
+    Facts { image: image(), snapshots: 1, snapshots_in_all: 2, no_room: None, name_taken: false, database }
+}
+
 fn transient() -> Problem {
     Problem::new(FailureKind::Transient, "the world said no", "ask again")
 }
@@ -39,6 +43,13 @@ struct World {
     now: Timestamp,
     running: bool,
     absent: Option<Problem>,
+    /// `pg_backup_start` is refused for good.
+    no_right: bool,
+    /// The stopped database's image has no exclusive lock.
+    unproven: bool,
+    /// How many more preflights find no room in the pool.
+    no_room: u32,
+    pruned: u32,
     /// Effects still to fail, by their order; `true` fails, and for a snapshot the answer alone is lost.
     script: VecDeque<bool>,
     /// A snapshot whose answer is lost appears only after it was looked for.
@@ -56,6 +67,10 @@ impl World {
             now: slot(),
             running: true,
             absent: None,
+            no_right: false,
+            unproven: false,
+            no_room: 0,
+            pruned: 0,
             script: VecDeque::new(),
             arrives_late: false,
         }
@@ -97,13 +112,23 @@ impl World {
                 let database = if self.running {
                     Database::Running { pod: "pg-0".to_owned(), node: Some("node-1".to_owned()), session }
                 } else {
-                    Database::Stopped
+                    let doubt = || Problem::new(FailureKind::Permanent, "no lock", "enable it");
+                    Database::Stopped { doubt: self.unproven.then(doubt) }
                 };
+                let no_room = (self.no_room > 0).then(transient);
+                self.no_room = self.no_room.saturating_sub(1);
                 let name_taken = self.snapshots.contains(NAME);
-                Event::PreflightPassed(Box::new(Facts { image: image(), snapshots: 1, name_taken, database }))
+                Event::PreflightPassed(Box::new(Facts { name_taken, no_room, ..facts(database) }))
             }
             Effect::StartBackupMode { .. } => {
                 assert!(self.session, "backup mode needs the session of the preflight");
+                if self.no_right {
+                    return Some(Event::Failed(Problem::new(
+                        FailureKind::Credentials,
+                        "no right",
+                        "GRANT it",
+                    )));
+                }
                 // The answer may be lost after PostgreSQL did it.
                 self.backup_mode = true;
                 if fails {
@@ -152,6 +177,7 @@ impl World {
                 if fails {
                     return Some(Event::Failed(transient()));
                 }
+                self.pruned += 1;
                 Event::Pruned
             }
             Effect::RemoveSnapshot { name } => {
@@ -270,6 +296,9 @@ fn an_online_backup_goes_through_its_phases() {
 #[test]
 fn a_death_at_any_point_ends_in_the_same_good_backup() {
     let stopped = World { running: false, ..World::new() };
+    let unproven = World { unproven: true, ..stopped.clone() };
+    let no_right = World { no_right: true, ..World::new() };
+    let no_room = World { no_room: 1, ..World::new() };
     let credentials = Problem::new(FailureKind::Credentials, "no Secret", "make one");
     let locked_out = World { absent: Some(credentials), ..World::new() };
     for (world, wanted) in [
@@ -277,6 +306,9 @@ fn a_death_at_any_point_ends_in_the_same_good_backup() {
         (World::new(), EXPLICIT_ONLINE),
         (World::new(), WantedConsistency::Explicit(Consistency::Crash)),
         (stopped, WantedConsistency::Default),
+        (unproven, WantedConsistency::Default),
+        (no_right, WantedConsistency::Default),
+        (no_room, WantedConsistency::Default),
         (locked_out, WantedConsistency::Default),
     ] {
         let order = order(wanted);
@@ -346,6 +378,8 @@ fn a_stopped_database_gives_an_offline_backup() {
     let mut world = World { running: false, ..World::new() };
     let (status, _) = run(&order(WantedConsistency::Default), &mut world, &[]);
     assert_eq!((status.phase, status.consistency), (Phase::Taken, Some(Consistency::Offline)));
+    let at_rest = status.conditions.iter().find(|condition| condition.kind == CONDITION_AT_REST).unwrap();
+    assert_eq!(at_rest.status, "True");
 }
 
 #[test]
@@ -379,17 +413,63 @@ fn a_snapshot_that_arrives_after_it_was_undone_is_undone_again() {
 
 #[test]
 fn an_image_full_of_snapshots_is_refused() {
-    let facts = Facts {
-        image: image(),
-        snapshots: SNAPSHOTS_PER_IMAGE_MAX,
-        name_taken: false,
-        database: Database::Stopped,
-    };
-    let order = order(WantedConsistency::Default);
-    let (status, _) = next(&order, &BackupStatus::default(), Event::Resumed, slot()).unwrap();
-    let (status, _) = next(&order, &status, Event::PreflightPassed(Box::new(facts)), slot()).unwrap();
+    let own = Facts { snapshots: SNAPSHOTS_PER_IMAGE_MAX, ..facts(Database::Stopped { doubt: None }) };
+    let foreign = Facts { snapshots_in_all: IMAGE_SNAPSHOTS_MAX, ..facts(Database::Stopped { doubt: None }) };
+    for (facts, cure) in [(own, "howdah.dev/retention"), (foreign, "rbd snap ls --all")] {
+        let order = order(WantedConsistency::Default);
+        let (status, _) = next(&order, &BackupStatus::default(), Event::Resumed, slot()).unwrap();
+        let (status, _) = next(&order, &status, Event::PreflightPassed(Box::new(facts)), slot()).unwrap();
+        assert_eq!(status.phase, Phase::Failed);
+        assert!(status.failure.unwrap().cure.contains(cure));
+    }
+}
+
+#[test]
+fn in_a_no_room_pool_old_backups_go_before_a_new_one_is_taken() {
+    let mut world = World { no_room: 1, ..World::new() };
+    let (status, _) = run(&order(WantedConsistency::Default), &mut world, &[]);
+    check(&status, &world);
+    assert_eq!((status.phase, status.attempt, world.pruned), (Phase::Taken, 2, 2));
+
+    let mut world = World { no_room: u32::MAX, ..World::new() };
+    let (status, _) = run(&order(WantedConsistency::Default), &mut world, &[]);
+    check(&status, &world);
+    assert_eq!((status.phase, world.pruned), (Phase::Failed, ATTEMPTS_MAX));
+}
+
+#[test]
+fn a_missing_right_to_backup_mode_gives_a_crash_consistent_backup_unless_online_was_demanded() {
+    let mut world = World { no_right: true, ..World::new() };
+    let (status, _) = run(&order(WantedConsistency::Default), &mut world, &[]);
+    check(&status, &world);
+    assert_eq!((status.phase, status.consistency), (Phase::Taken, Some(Consistency::Crash)));
+    let condition = status.conditions.iter().find(|condition| condition.kind == CONDITION_ONLINE).unwrap();
+    assert!(condition.status == "False" && condition.message.contains("GRANT it"), "{condition:?}");
+
+    let mut world = World { no_right: true, ..World::new() };
+    let (status, _) = run(&order(EXPLICIT_ONLINE), &mut world, &[]);
+    check(&status, &world);
     assert_eq!(status.phase, Phase::Failed);
-    assert!(status.failure.unwrap().cure.contains("howdah.dev/retention"));
+}
+
+#[test]
+fn an_image_without_locks_makes_a_stopped_database_crash_consistent_or_refuses_an_explicit_class() {
+    for (wanted, class) in [
+        (WantedConsistency::Default, Some(Consistency::Crash)),
+        (WantedConsistency::Explicit(Consistency::Crash), Some(Consistency::Crash)),
+        (WantedConsistency::Explicit(Consistency::Offline), None),
+        (EXPLICIT_ONLINE, None),
+    ] {
+        let mut world = World { running: false, unproven: true, ..World::new() };
+        let (status, _) = run(&order(wanted), &mut world, &[]);
+        check(&status, &world);
+        assert_eq!(status.consistency, class, "{wanted:?}");
+        if class.is_some() {
+            let at_rest =
+                status.conditions.iter().find(|condition| condition.kind == CONDITION_AT_REST).unwrap();
+            assert!(at_rest.status == "False" && at_rest.message.contains("no lock"), "{at_rest:?}");
+        }
+    }
 }
 
 #[test]
@@ -415,7 +495,7 @@ fn a_backup_found_after_its_deadline_fails_without_touching_anything() {
 #[test]
 fn every_phase_answers_every_event() {
     let snapshot = SnapshotRecord { name: NAME.to_owned(), id: 4, size: 1 };
-    let facts = Facts { image: image(), snapshots: 0, name_taken: false, database: Database::Stopped };
+    let facts = facts(Database::Stopped { doubt: None });
     let events = [
         Event::Resumed,
         Event::PreflightPassed(Box::new(facts)),

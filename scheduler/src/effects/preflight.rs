@@ -2,6 +2,9 @@
 //!
 //! Only reads; what they mean is judged by [`howdah_core::preflight`].
 
+use std::time::Duration;
+
+use howdah_adapters::ceph::Ceph;
 use howdah_adapters::kubernetes::{Credentials, KubernetesError, ResolveError, call, is_ready};
 use howdah_adapters::postgres::{ServerFacts, Session as PostgresSession, Target};
 use howdah_core::annotations::{Consistency, Settings};
@@ -11,14 +14,19 @@ use howdah_core::preflight::{self, DEFAULT_DATA_DIRECTORY, Mount, Place, Server}
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 use kube::{Api, ResourceExt as _};
+use tokio::time::Instant;
+use tracing::warn;
 
 use super::{Effects, Held, connect_ceph, of_ceph, of_postgres};
 use crate::context::Context;
 
 /// PostgreSQL's port where the container names none.
 const DEFAULT_PORT: u16 = 5432;
+/// How long an answer of Ceph's health check serves all databases: `ceph` is a Python program and costs as much as the
+/// rest of a preflight.
+const HEALTH_FRESH: Duration = Duration::from_secs(10);
 /// Database that is connected to; it exists unless somebody dropped it, and backup mode is of the whole cluster.
-const DATABASE: &str = "postgres";
+pub const DATABASE: &str = "postgres";
 
 impl Effects<'_> {
     /// Finds out whether, how and where the database can be backed up now.
@@ -76,16 +84,21 @@ impl Effects<'_> {
         preflight::volume_fit(&volume, pod.is_some())?;
         let ceph = self.ceph.insert(connect_ceph(self.cx).await?).clone();
         let image = volume.image_spec();
-        // Each is a process of its own that has to connect first: together they take as long as one.
-        let (info, watchers, snapshots) =
-            tokio::try_join!(ceph.info(&image), ceph.watchers(&image), ceph.snapshots(&image))
-                .map_err(of_ceph)?;
+        // Each is a process of its own that has to connect first: together they take as long as one. While the cluster is
+        // paused the others have no answer, and the health check says why.
+        let (no_room, info, watchers, snapshots) = tokio::try_join!(
+            room(self.cx, &ceph, &volume.pool),
+            async { ceph.info(&image).await.map_err(of_ceph) },
+            async { ceph.watchers(&image).await.map_err(of_ceph) },
+            async { ceph.snapshots(&image).await.map_err(of_ceph) },
+        )?;
         let addresses: Vec<String> = watchers.iter().map(|watcher| ip_of(&watcher.address)).collect();
         let own = self.order.snapshot_name();
         let state = match &pod {
             None => {
-                preflight::at_rest(&addresses)?;
-                Database::Stopped
+                let owners = ceph.lock_owners(&image).await.map_err(of_ceph)?;
+                preflight::at_rest(&image, &addresses, &owners)?;
+                Database::Stopped { doubt: preflight::rest_unproven(&image, info.has_exclusive_lock()) }
             }
             Some(pod) => {
                 if !info.has_exclusive_lock() {
@@ -110,6 +123,8 @@ impl Effects<'_> {
                 id: info.id,
             },
             snapshots: snapshots.iter().filter(|s| s.name.starts_with(names::SNAPSHOT_PREFIX)).count(),
+            snapshots_in_all: snapshots.len(),
+            no_room,
             name_taken: snapshots.iter().any(|snapshot| snapshot.name == own),
             database: state,
         })
@@ -146,6 +161,26 @@ impl Effects<'_> {
                 Ok(open)
             }
             Err(error) => Ok(Session::Absent(of_postgres(error))),
+        }
+    }
+}
+
+/// Whether Ceph has room for a backup in `pool`; `Some` when only for deleting old ones.
+async fn room(cx: &Context, ceph: &Ceph, pool: &str) -> Result<Option<Problem>, Problem> {
+    let mut known = cx.health.lock().await;
+    if let Some((_, checks)) = known.as_ref().filter(|(when, _)| when.elapsed() < HEALTH_FRESH) {
+        return preflight::cluster_fit(checks, pool);
+    }
+    match ceph.health().await {
+        Ok(checks) => {
+            let fit = preflight::cluster_fit(&checks, pool);
+            *known = Some((Instant::now(), checks));
+            fit
+        }
+        // It only says sooner what the other commands would run into.
+        Err(error) => {
+            warn!(error = %error, "look at the health of Ceph: going on without");
+            Ok(None)
         }
     }
 }
@@ -221,7 +256,7 @@ pub async fn port(cx: &Context, namespace: &str, container: &Container) -> Resul
 }
 
 /// The container that runs PostgreSQL, and its mounts: the first one with a claim above its data directory.
-fn database_container<'a>(
+pub fn database_container<'a>(
     spec: &'a PodSpec,
     claim_name: &dyn Fn(&str) -> Option<String>,
 ) -> Result<(&'a Container, Vec<Mount>), Problem> {
@@ -252,7 +287,7 @@ fn data_directory(container: &Container) -> Place {
 }
 
 /// Every folder the snapshot must hold: as PostgreSQL says, or as the pod says while it cannot be asked.
-fn places(container: &Container, server: Option<&ServerFacts>) -> Vec<Place> {
+pub fn places(container: &Container, server: Option<&ServerFacts>) -> Vec<Place> {
     let mut places = vec![data_directory(container)];
     if let Some(facts) = server {
         places[0].path.clone_from(&facts.data_directory);
@@ -292,7 +327,7 @@ fn claim_of_pod(spec: &PodSpec, volume: &str) -> Option<String> {
 }
 
 /// The claim behind a volume of a pod that does not exist now.
-fn claim_of_template(database: &StatefulSet, spec: &PodSpec, volume: &str) -> Option<String> {
+pub fn claim_of_template(database: &StatefulSet, spec: &PodSpec, volume: &str) -> Option<String> {
     let templates = database.spec.as_ref()?.volume_claim_templates.iter().flatten();
     let ordinal = first_ordinal(database);
     let made = templates.into_iter().any(|template| template.name_any() == volume);
@@ -303,27 +338,27 @@ fn claim_of_template(database: &StatefulSet, spec: &PodSpec, volume: &str) -> Op
 }
 
 /// The number of the one replica: zero, unless `spec.ordinals.start` says otherwise.
-fn first_ordinal(database: &StatefulSet) -> i32 {
+pub fn first_ordinal(database: &StatefulSet) -> i32 {
     database.spec.as_ref().and_then(|spec| spec.ordinals.as_ref()?.start).unwrap_or(0)
 }
 
-fn host_ips(pod: &Pod) -> Vec<String> {
+pub fn host_ips(pod: &Pod) -> Vec<String> {
     let Some(status) = &pod.status else { return Vec::new() };
     let all = status.host_ips.iter().flatten().map(|host| host.ip.clone());
     all.chain(status.host_ip.clone()).collect()
 }
 
 /// The IP address in `10.77.0.11:0/123` or `[fd00::11]:0/123`.
-fn ip_of(address: &str) -> String {
+pub fn ip_of(address: &str) -> String {
     let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
     host.trim_start_matches('[').trim_end_matches(']').to_owned()
 }
 
-fn strange(what: &str) -> Problem {
+pub fn strange(what: &str) -> Problem {
     Problem::new(FailureKind::Transient, what, "see the object with kubectl get -o yaml")
 }
 
-fn of_kubernetes(error: &KubernetesError) -> Problem {
+pub fn of_kubernetes(error: &KubernetesError) -> Problem {
     Problem::new(
         FailureKind::Transient,
         error.to_string(),
@@ -331,7 +366,7 @@ fn of_kubernetes(error: &KubernetesError) -> Problem {
     )
 }
 
-fn of_resolve(error: &ResolveError) -> Problem {
+pub fn of_resolve(error: &ResolveError) -> Problem {
     let (kind, cure) = match error {
         ResolveError::Kubernetes(_) | ResolveError::NotBound { .. } => {
             (FailureKind::Transient, "see the claim with kubectl describe pvc")

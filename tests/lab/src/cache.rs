@@ -23,7 +23,7 @@ const LOCK_LIMIT: Duration = Duration::from_secs(45 * 60);
 /// How often we look whether the other lab has finished.
 const LOCK_POLL: Duration = Duration::from_millis(200);
 /// Hexadecimal digits of the hash that name an entry; 80 bits do not collide by accident.
-const NAME_DIGITS: usize = 20;
+pub const NAME_DIGITS: usize = 20;
 
 /// What a build depends on. Two builds with equal inputs give the same entry.
 #[derive(Clone, Debug)]

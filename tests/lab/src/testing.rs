@@ -155,6 +155,11 @@ impl Process {
         self.daemon.as_ref().map(|daemon| daemon.identity().pid)
     }
 
+    /// Length of its log when it was started; what stands before is of earlier processes of its name.
+    pub fn log_start(&self) -> usize {
+        self.log_start
+    }
+
     /// Whether it still runs.
     pub fn is_alive(&mut self) -> bool {
         self.daemon.as_mut().is_some_and(Daemon::is_alive)

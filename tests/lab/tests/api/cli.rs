@@ -3,8 +3,10 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics, in its helpers too")]
 
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use howdah_lab::lab::Lab;
+use howdah_lab::process::wait_until;
 use howdah_lab::testing::shared_name;
 
 use crate::deploy::{TURN, apply_rights};
@@ -12,13 +14,22 @@ use crate::records::install_definitions;
 
 /// Runs the command that cargo built beside this test.
 fn howdah(lab: &Lab, arguments: &[&str]) -> (bool, String) {
+    let (code, text) = howdah_code(lab, arguments);
+    (code == Some(0), text)
+}
+
+/// The same with the exit code.
+fn howdah_code(lab: &Lab, arguments: &[&str]) -> (Option<i32>, String) {
     let test = std::env::current_exe().unwrap();
     let binary = test.ancestors().nth(2).unwrap().join("kubectl-howdah");
     assert!(binary.is_file(), "there is no {}: run `cargo build --workspace --bins`", binary.display());
     let Output { status, stdout, stderr } =
         Command::new(binary).arg("--kubeconfig").arg(lab.kubeconfig()).args(arguments).output().unwrap();
-    (status.success(), String::from_utf8([stdout, stderr].concat()).unwrap())
+    (status.code(), String::from_utf8([stdout, stderr].concat()).unwrap())
 }
+
+/// The command reads the cluster twice before it orders.
+const ORDER_LIMIT: Duration = Duration::from_secs(60);
 
 const DATABASE: &str = r#"
 apiVersion: apps/v1
@@ -82,6 +93,72 @@ async fn status_and_plan_follow_the_records() {
     assert!(!ok && text.contains("get the StatefulSet") && text.contains("not found"), "{text}");
 }
 
+/// Names of the orders in a namespace.
+fn orders(lab: &Lab, namespace: &str) -> Vec<String> {
+    let names = ["get", "pgb", "-n", namespace, "-o", "jsonpath={.items[*].metadata.name}"];
+    lab.kubectl_ok(&names).unwrap().split_whitespace().map(str::to_owned).collect()
+}
+
+/// Plays the scheduler: gives the first order that `known` does not have this status.
+fn answer(lab: &Lab, namespace: &str, known: &[String], status: &str) -> String {
+    let mut new = None;
+    let found = wait_until(ORDER_LIMIT, || {
+        new = orders(lab, namespace).into_iter().find(|name| !known.contains(name));
+        new.is_some()
+    });
+    assert!(found, "no order appeared");
+    let name = new.unwrap();
+    let patch =
+        ["patch", "pgb", &name, "-n", namespace, "--subresource=status", "--type=merge", "-p", status];
+    lab.kubectl_ok(&patch).unwrap();
+    name
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_by_hand_is_refused_with_a_cure_ordered_and_followed_to_its_end() {
+    let lab = Lab::open_or_up_without_ceph(&shared_name()).unwrap();
+    let _turn = TURN.lock().await;
+    install_definitions(&lab);
+    let namespace = lab.namespace("order").unwrap();
+    let place = ["-n", namespace.name()];
+    let backup = |more: &[&str]| howdah_code(&lab, &[&["backup", "db"], &place[..], more].concat());
+
+    let (code, text) = backup(&["--wait"]);
+    assert!(code == Some(1) && text.contains("there is no such StatefulSet"), "{text}");
+    let plain = DATABASE.replace("howdah.dev/protect", "example.com/protect");
+    let created = lab.kubectl_with_input(&["create", "-n", namespace.name(), "-f", "-"], &plain).unwrap();
+    assert!(created.status.success(), "{}", String::from_utf8_lossy(&created.stderr));
+    let (code, text) = backup(&[]);
+    let cure = format!("kubectl label statefulset db -n {} howdah.dev/protect=true", namespace.name());
+    assert!(code == Some(1) && text.contains(&cure), "{text}");
+    assert!(orders(&lab, namespace.name()).is_empty(), "a refused order was made");
+
+    lab.kubectl_ok(&["label", "statefulset", "db", "howdah.dev/protect=true", place[0], place[1]]).unwrap();
+    let (code, text) = backup(&["--consistency", "crash"]);
+    assert!(code == Some(0) && text.contains("is ordered"), "{text}");
+    let known = orders(&lab, namespace.name());
+    let spec =
+        lab.kubectl_ok(&["get", "pgb", &known[0], place[0], place[1], "-o", "jsonpath={.spec}"]).unwrap();
+    assert!(spec.contains(r#""consistency":"crash""#) && spec.contains(r#""trigger":"Manual""#), "{spec}");
+
+    let taken = r#"{"status":{"phase":"Taken","consistency":"online","image":{"pool":"p","name":"i","id":"1"},"snapshot":{"name":"s","id":4,"size":1}}}"#;
+    let failed = r#"{"status":{"phase":"Failed","failure":{"step":"Preflight","kind":"Permanent","reason":"fsync is off","cure":"turn it on"}}}"#;
+    let running = r#"{"status":{"phase":"Snapshotting","attempt":1}}"#;
+    for (status, limit, code, parts) in [
+        (taken, "60", 0, ["is taken: online, snapshot p/i@s", "Taken"]),
+        (failed, "60", 1, ["failed in Preflight: fsync is off", "turn it on"]),
+        (running, "5", 3, ["still in phase Snapshotting", "goes on"]),
+    ] {
+        let known = orders(&lab, namespace.name());
+        let (ended, _) = std::thread::scope(|scope| {
+            let following = scope.spawn(|| backup(&["--wait", "--timeout-seconds", limit]));
+            let name = answer(&lab, namespace.name(), &known, status);
+            (following.join().unwrap(), name)
+        });
+        assert!(ended.0 == Some(code) && parts.iter().all(|part| ended.1.contains(part)), "{ended:?}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn protect_lets_the_scheduler_read_secrets_there_and_nowhere_else() {
     let lab = Lab::open_or_up_without_ceph(&shared_name()).unwrap();
@@ -109,4 +186,52 @@ async fn protect_lets_the_scheduler_read_secrets_there_and_nowhere_else() {
 
     let (ok, text) = howdah(&lab, &["protect", "no-such-namespace"]);
     assert!(!ok && text.contains("no-such-namespace"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_is_ordered_undone_and_asked_again() {
+    let lab = Lab::open_or_up_without_ceph(&shared_name()).unwrap();
+    let _turn = TURN.lock().await;
+    install_definitions(&lab);
+    let namespace = lab.namespace("cli").unwrap();
+    let place = ["-n", namespace.name()];
+    let (ok, text) = howdah(&lab, &[&["restore", "absent", "--to", "newest"], &place[..]].concat());
+    assert!(!ok && text.contains("get the StatefulSet") && text.contains("not found"), "{text}");
+    let created = lab.kubectl_with_input(&["create", "-n", namespace.name(), "-f", "-"], DATABASE).unwrap();
+    assert!(created.status.success(), "{}", String::from_utf8_lossy(&created.stderr));
+    let (ok, text) = howdah(&lab, &[&["restore", "db", "--before", "2026-11-22 03:00"], &place[..]].concat());
+    assert!(!ok && text.contains("no zone") && text.contains("2026-11-22T03:00Z"), "{text}");
+
+    let (ok, text) = howdah(&lab, &[&["restore", "db", "--to", "newest"], &place[..]].concat());
+    assert!(ok && text.contains("created"), "{text}");
+    let jsonpath = "-o=jsonpath={.items[0].metadata.name} {.items[0].spec.statefulSet} {.items[0].spec.to}";
+    let found = lab.kubectl_ok(&["get", "pgr", "-n", namespace.name(), jsonpath]).unwrap();
+    let restore = found.split(' ').next().unwrap().to_owned();
+    assert!(restore.starts_with("db-restore-") && found.ends_with(" db newest"), "{found}");
+    let stand_at = |phase: &str| {
+        let status = format!(r#"{{"status":{{"phase":"{phase}"}}}}"#);
+        let patch =
+            ["patch", "pgr", &restore, "-n", namespace.name(), "--subresource=status", "--type=merge", "-p"];
+        lab.kubectl_ok(&[&patch[..], &[&status]].concat()).unwrap();
+    };
+    let resume = || {
+        let jsonpath = r"-o=jsonpath={.metadata.annotations.howdah\.dev/resume}";
+        lab.kubectl_ok(&["get", "pgr", &restore, "-n", namespace.name(), jsonpath]).unwrap()
+    };
+    let (ok, text) = howdah(&lab, &[&["restore", "retry", &restore], &place[..]].concat());
+    assert!(!ok && text.contains("only a stuck one"), "{text}");
+    stand_at("Stuck");
+    let (ok, text) = howdah(&lab, &[&["restore", "retry", &restore], &place[..]].concat());
+    assert!(ok && resume().starts_with("retry/"), "{text}");
+    let (ok, text) = howdah(&lab, &[&["restore", "undo", &restore], &place[..]].concat());
+    assert!(ok && resume().starts_with("undo/"), "{text}");
+
+    stand_at("Completed");
+    let (ok, text) = howdah(&lab, &[&["restore", "undo", &restore], &place[..]].concat());
+    assert!(ok && text.contains("/db-undo-"), "{text}");
+    let jsonpath = "-o=jsonpath={.items[*].spec.undo}";
+    assert_eq!(lab.kubectl_ok(&["get", "pgr", "-n", namespace.name(), jsonpath]).unwrap(), restore);
+    stand_at("Failed");
+    let (ok, text) = howdah(&lab, &[&["restore", "undo", &restore], &place[..]].concat());
+    assert!(!ok && text.contains("everything is as it was"), "{text}");
 }

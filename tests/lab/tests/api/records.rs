@@ -1,12 +1,17 @@
-//! `PostgresBackup` on a real API server: what it refuses, what it shows, and that the journal survives a round trip.
+//! The records on a real API server: what they refuse, what they show, and that their journals survive a round trip.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics, in its helpers too")]
 
-use howdah_adapters::records::{PostgresBackup, PostgresBackupSpec, crd_yaml};
+use howdah_adapters::records::{
+    PostgresBackup, PostgresBackupSpec, PostgresRestore, PostgresRestoreSpec, crd_yaml,
+};
 use howdah_core::annotations::Consistency;
 use howdah_core::backup::{
     BackupStatus, Condition, Failure, FailureKind, ImageRecord, Phase, SnapshotRecord, StepOutcome,
     StepRecord, Trigger,
+};
+use howdah_core::restore::{
+    self, JournalRecord, Method, Proof, RestoreStatus, Source, StepRecord as RestoreStep, VolumeRecord,
 };
 use howdah_lab::lab::Lab;
 use howdah_lab::testing::shared_name;
@@ -23,8 +28,8 @@ pub fn install_definitions(lab: &Lab) {
         let stderr = String::from_utf8_lossy(&applied.stderr);
         assert!(applied.status.success(), "{name}: {stderr}");
         assert!(!stderr.contains("Warning"), "{name}: {stderr}");
-        let wait = ["wait", "--for=condition=Established", "--timeout=30s", "crd/postgresbackups.howdah.dev"];
-        lab.kubectl_ok(&wait).unwrap();
+        let definition = format!("crd/{}.howdah.dev", name.trim_end_matches(".yaml"));
+        lab.kubectl_ok(&["wait", "--for=condition=Established", "--timeout=30s", &definition]).unwrap();
     }
 }
 
@@ -151,6 +156,140 @@ async fn a_backup_by_hand_needs_a_name_and_nothing_it_does_not_know() {
         (r#"{"statefulSet":"db","consistency":"perfect"}"#, "spec.consistency: Unsupported value"),
         (r#"{"statefulSet":"db","slot":"tomorrow"}"#, "spec.slot"),
         (r#"{"statefulSet":"db","retention":"last=1"}"#, "unknown field \"spec.retention\""),
+    ] {
+        let (made, text) = create(spec);
+        assert!(!made && text.contains(wanted), "{spec}: {text}");
+    }
+}
+
+/// A status with every field set, so that the schema must know each of them.
+fn full_restore_status() -> RestoreStatus {
+    let image = |name: &str| ImageRecord {
+        pool: "replicapool".to_owned(),
+        rados_namespace: "tenant".to_owned(),
+        name: name.to_owned(),
+        id: "10393aa892a5".to_owned(),
+    };
+    let snapshot = SnapshotRecord { name: "howdah-20261122T030000Z".to_owned(), id: 4, size: 1 << 40 };
+    RestoreStatus {
+        phase: restore::Phase::Stuck,
+        going_back: true,
+        attempt: 2,
+        started_at: Some(slot()),
+        finished_at: Some(slot()),
+        retry_at: Some(slot()),
+        phase_retries: 1,
+        phase_since: Some(slot()),
+        steps: vec![RestoreStep {
+            phase: restore::Phase::RollingBack,
+            started_at: slot(),
+            took_ms: Some(570),
+            outcome: Some(StepOutcome::Failed),
+            message: Some("words".to_owned()),
+        }],
+        source: Some(Source {
+            name: "db-20261122030000".to_owned(),
+            taken_at: Some(slot()),
+            consistency: Some(Consistency::Online),
+            image: image("csi-vol-1"),
+            snapshot: Some(snapshot.clone()),
+        }),
+        method: Some(Method::Rollback),
+        volume: Some(VolumeRecord {
+            claim: "data-db-0".to_owned(),
+            volume: "pvc-1".to_owned(),
+            journal: Some(JournalRecord {
+                pool: "replicapool".to_owned(),
+                rados_namespace: "tenant".to_owned(),
+                object: "csi.volume.1".to_owned(),
+            }),
+        }),
+        image: Some(image("csi-vol-1")),
+        size: Some(1 << 40),
+        replicas: Some(1),
+        grace_seconds: 300,
+        incoming: Some(image("csi-vol-1.howdah-new-1")),
+        safety_image: Some(image("csi-vol-1.howdah-1")),
+        safety_snapshot: Some(snapshot),
+        safety_until: Some(slot()),
+        proofs: vec![Proof { what: "no pod".to_owned(), holds: true, seen: "none".to_owned() }],
+        started: true,
+        resumed: Some("retry/1".to_owned()),
+        conditions: vec![Condition {
+            kind: "Answers".to_owned(),
+            status: "True".to_owned(),
+            reason: "Sql".to_owned(),
+            message: "words".to_owned(),
+            last_transition_time: slot(),
+        }],
+        failure: Some(restore::Failure {
+            step: restore::Phase::RollingBack,
+            kind: FailureKind::Transient,
+            reason: "words".to_owned(),
+            cure: "do it".to_owned(),
+        }),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_keeps_its_journal_and_its_order() {
+    let lab = Lab::open_or_up_without_ceph(&shared_name()).unwrap();
+    let _turn = TURN.lock().await;
+    install_definitions(&lab);
+    let namespace = lab.namespace("records").unwrap();
+    let restores = Api::<PostgresRestore>::namespaced(lab.client().await.unwrap(), namespace.name());
+    let spec = PostgresRestoreSpec {
+        stateful_set: "db".to_owned(),
+        stateful_set_uid: Some("0b9f".to_owned()),
+        before: Some(slot()),
+        method: Method::Rollback,
+        ..PostgresRestoreSpec::default()
+    };
+    let wanted = PostgresRestore::new("db-restore", spec);
+    let mut created = restores.create(&PostParams::default(), &wanted).await.unwrap();
+    created.status = Some(full_restore_status());
+    restores.replace_status("db-restore", &PostParams::default(), &created).await.unwrap();
+    let read = restores.get("db-restore").await.unwrap();
+    assert_eq!(read.spec, wanted.spec);
+    assert_eq!(read.status, Some(full_restore_status()));
+
+    let mut changed = read.clone();
+    changed.spec.method = Method::Swap;
+    let refused = restores.replace("db-restore", &PostParams::default(), &changed).await.unwrap_err();
+    assert!(refused.to_string().contains("a restore's spec cannot be changed"), "{refused}");
+
+    let shown = lab.kubectl_ok(&["get", "pgr", "-n", namespace.name()]).unwrap();
+    for part in ["DATABASE", "SOURCE", "db-20261122030000", "rollback", "Stuck"] {
+        assert!(shown.contains(part), "{part} is not in\n{shown}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_by_hand_says_one_thing_to_restore() {
+    let lab = Lab::open_or_up_without_ceph(&shared_name()).unwrap();
+    let _turn = TURN.lock().await;
+    install_definitions(&lab);
+    let namespace = lab.namespace("records").unwrap();
+    let create = |spec: &str| {
+        let manifest = format!(
+            r#"{{"apiVersion":"howdah.dev/v1alpha1","kind":"PostgresRestore","metadata":{{"generateName":"by-hand-","namespace":"{}"}},"spec":{spec}}}"#,
+            namespace.name()
+        );
+        let arguments = ["create", "--validate=strict", "-o", "json", "-f", "-"];
+        let output = lab.kubectl_with_input(&arguments, &manifest).unwrap();
+        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        (output.status.success(), text)
+    };
+    let (made, text) = create(r#"{"statefulSet":"db","to":"newest"}"#);
+    assert!(made && text.contains(r#""method": "swap""#), "{text}");
+    let (made, text) = create(r#"{"statefulSet":"db","before":"2026-11-22T03:00:00+09:00"}"#);
+    assert!(made, "{text}");
+    for (spec, wanted) in [
+        (r#"{"to":"newest"}"#, "spec.statefulSet: Required value"),
+        (r#"{"statefulSet":"db"}"#, "say exactly one of to"),
+        (r#"{"statefulSet":"db","to":"newest","undo":"r"}"#, "say exactly one of to"),
+        (r#"{"statefulSet":"db","before":"2026-11-22 03:00"}"#, "spec.before"),
+        (r#"{"statefulSet":"db","to":"newest","method":"magic"}"#, "spec.method: Unsupported value"),
     ] {
         let (made, text) = create(spec);
         assert!(!made && text.contains(wanted), "{spec}: {text}");

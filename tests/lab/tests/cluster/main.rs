@@ -11,6 +11,7 @@ mod backup;
 mod database;
 mod drain;
 mod installed;
+mod restore;
 mod storage;
 
 /// Nodes of the cluster that the tests of this binary share: a majority outlives one.

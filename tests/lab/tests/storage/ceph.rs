@@ -12,11 +12,11 @@ use howdah_lab::testing::shared_name;
 use nix::sys::signal::Signal;
 
 /// What `howdah-backup` may do (deploy/).
-const BACKUP_CAPS: [&str; 4] = ["mon", "allow r", "osd", "profile rbd pool=replicapool"];
+pub const BACKUP_CAPS: [&str; 4] = ["mon", "allow r", "osd", "profile rbd pool=replicapool"];
 /// What most guides give to such a user, and what lets it blocklist.
 const USUAL_CAPS: [&str; 4] = ["mon", "profile rbd", "osd", "profile rbd pool=replicapool"];
 /// A writer opens its image in a second or two.
-const OPEN_LIMIT: Duration = Duration::from_secs(60);
+pub const OPEN_LIMIT: Duration = Duration::from_secs(60);
 /// A writer whose lock was asked for and that was stopped for half a minute needs a moment to find its way back.
 const FINISH_LIMIT: Duration = Duration::from_secs(180);
 
@@ -25,7 +25,7 @@ fn lab() -> Lab {
 }
 
 /// A user of the test's own with these capabilities, as the local runner uses it.
-fn runner(lab: &Lab, id: &str, caps: &[&str]) -> Runner {
+pub fn runner(lab: &Lab, id: &str, caps: &[&str]) -> Runner {
     let entity = format!("client.{id}");
     let key = lab.ceph(&[&["auth", "get-or-create-key", &entity], caps].concat()).unwrap();
     local(id, &key)
@@ -37,7 +37,7 @@ fn local(id: &str, key: &str) -> Runner {
 }
 
 /// Runs the adapter where Ceph can be reached: a process belongs to the network of the thread that starts it.
-fn inside<T: Send, F: Future<Output = T>>(lab: &Lab, work: impl FnOnce() -> F + Send) -> T {
+pub fn inside<T: Send, F: Future<Output = T>>(lab: &Lab, work: impl FnOnce() -> F + Send) -> T {
     netns::within(lab, || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(work())

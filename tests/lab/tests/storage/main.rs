@@ -3,6 +3,11 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics, in its helpers too")]
 
 mod ceph;
+mod images;
+mod kinds;
 mod postgres;
+mod restore;
 mod scheduler;
 mod server;
+mod stage;
+mod versions;

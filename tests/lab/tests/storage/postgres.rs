@@ -3,14 +3,16 @@
 use std::time::Duration;
 
 use howdah_adapters::postgres::{BackupLimits, PostgresError, Session};
+use howdah_lab::postgres::{DEBIAN_MAJOR, MAJORS};
 use howdah_lab::process::wait_until;
 
 use crate::server::{PASSWORD, Server};
 
 /// The server notices a closed connection at once; this allows for a busy machine.
 const NOTICE_LIMIT: Duration = Duration::from_secs(30);
-/// What the server writes when a session in backup mode ends (PostgreSQL: `do_pg_abort_backup`).
-const ABORTED: &str = "aborting backup due to backend exiting before pg_backup_stop was called";
+/// What the server writes when a session in backup mode ends (PostgreSQL: `do_pg_abort_backup`); the name of the
+/// function that follows changed with version 15.
+const ABORTED: &str = "aborting backup due to backend exiting before";
 
 fn crypto() {
     // Fails only when another test of this process installed it, which is what we want.
@@ -18,44 +20,42 @@ fn crypto() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_reports_where_it_began_and_ended() {
+async fn every_major_version_reports_itself_and_where_a_backup_began_and_ended() {
     crypto();
-    let server = Server::start("archive_mode = on\narchive_command = 'false'", &[]);
-    let session = Session::connect(&server.target("postgres", PASSWORD)).await.unwrap();
-    let facts = session.facts().await.unwrap();
-    assert!(facts.version.starts_with("15.") && facts.version_num / 10_000 == 15, "{facts:?}");
-    assert_eq!(facts.timeline, 1);
-    assert!(facts.system_identifier.parse::<u64>().unwrap() > 0);
-    assert_eq!(facts.data_directory, server.data_directory().to_str().unwrap());
-    assert!(facts.fsync && facts.full_page_writes && !facts.in_recovery && !facts.exclusive_backup);
-    assert_eq!((facts.archive_mode.as_str(), facts.tablespaces.len()), ("on", 0));
+    for major in MAJORS {
+        let server = Server::start_version(major, "archive_mode = on\narchive_command = 'false'", &[]);
+        let session = Session::connect(&server.target("postgres", PASSWORD)).await.unwrap();
+        let facts = session.facts().await.unwrap();
+        assert!(facts.version.starts_with(&format!("{major}.")), "{facts:?}");
+        assert_eq!(facts.version_num.unsigned_abs() / 10_000, major);
+        assert_eq!(facts.timeline, 1);
+        assert!(facts.system_identifier.parse::<u64>().unwrap() > 0);
+        assert_eq!(facts.data_directory, server.data_directory().to_str().unwrap());
+        assert!(facts.fsync && facts.full_page_writes && !facts.in_recovery && !facts.exclusive_backup);
+        assert_eq!((facts.archive_mode.as_str(), facts.tablespaces.len()), ("on", 0));
 
-    let backup = session.start_backup("howdah pg-20261122030000", BackupLimits::default()).await.unwrap();
-    let start_lsn = backup.start_lsn().to_owned();
-    // The archiver always fails: stop must not wait for it.
-    let end = backup.stop().await.unwrap();
-    assert!(end.label.contains("LABEL: howdah pg-20261122030000"), "{}", end.label);
-    assert!(end.label.contains(&format!("START WAL LOCATION: {start_lsn}")), "{}", end.label);
-    assert_ne!(end.stop_lsn, start_lsn);
-    assert!(!server.log().contains(ABORTED), "{}", server.log());
-}
+        let backup = session.start_backup("howdah pg-20261122030000", BackupLimits::default()).await.unwrap();
+        let start_lsn = backup.start_lsn().to_owned();
+        // The archiver always fails: stop must not wait for it.
+        let end = backup.stop().await.unwrap();
+        assert!(end.label.contains("LABEL: howdah pg-20261122030000"), "{major}: {}", end.label);
+        assert!(end.label.contains(&format!("START WAL LOCATION: {start_lsn}")), "{major}: {}", end.label);
+        assert_ne!(end.stop_lsn, start_lsn);
+        assert!(!server.log().contains(ABORTED), "{}", server.log());
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_dropped_session_leaves_no_backup_mode() {
-    crypto();
-    let server = Server::start("", &[]);
-    let session = Session::connect(&server.target("postgres", PASSWORD)).await.unwrap();
-    let backup = session.start_backup("first", BackupLimits::default()).await.unwrap();
-    let superuser = server.superuser().await;
-    let sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'howdah'";
-    assert_eq!(superuser.query_one(sessions, &[]).await.unwrap().get::<_, i64>(0), 1);
-    drop(backup);
-    assert!(wait_until(NOTICE_LIMIT, || server.log().contains(ABORTED)), "{}", server.log());
-    assert_eq!(superuser.query_one(sessions, &[]).await.unwrap().get::<_, i64>(0), 0);
-
-    let session = Session::connect(&server.target("postgres", PASSWORD)).await.unwrap();
-    session.start_backup("second", BackupLimits::default()).await.unwrap().stop().await.unwrap();
-    assert_eq!(server.log().matches(ABORTED).count(), 1, "{}", server.log());
+        // A session that is dropped leaves no backup mode.
+        let session = Session::connect(&server.target("postgres", PASSWORD)).await.unwrap();
+        let dropped = session.start_backup("first", BackupLimits::default()).await.unwrap();
+        let superuser = server.superuser().await;
+        let sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'howdah'";
+        assert_eq!(superuser.query_one(sessions, &[]).await.unwrap().get::<_, i64>(0), 1);
+        drop(dropped);
+        assert!(wait_until(NOTICE_LIMIT, || server.log().contains(ABORTED)), "{}", server.log());
+        assert_eq!(superuser.query_one(sessions, &[]).await.unwrap().get::<_, i64>(0), 0);
+        let session = Session::connect(&server.target("postgres", PASSWORD)).await.unwrap();
+        session.start_backup("second", BackupLimits::default()).await.unwrap().stop().await.unwrap();
+        assert_eq!(server.log().matches(ABORTED).count(), 1, "{}", server.log());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -110,26 +110,32 @@ async fn a_server_that_crashes_during_the_backup_is_a_lost_session() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_missing_right_names_the_statement_that_grants_it() {
     crypto();
-    let server = Server::start("", &[]);
-    let superuser = server.superuser().await;
-    superuser.batch_execute(&format!(r#"CREATE ROLE "back-up" LOGIN PASSWORD '{PASSWORD}'"#)).await.unwrap();
-    let target = server.target("back-up", PASSWORD);
+    // The functions have other names and arguments before version 15.
+    for major in [14, DEBIAN_MAJOR] {
+        let server = Server::start_version(major, "", &[]);
+        let superuser = server.superuser().await;
+        superuser
+            .batch_execute(&format!(r#"CREATE ROLE "back-up" LOGIN PASSWORD '{PASSWORD}'"#))
+            .await
+            .unwrap();
+        let target = server.target("back-up", PASSWORD);
 
-    // Follow the advice until everything works: each statement must cure what it is named for.
-    let error = Session::connect(&target).await.unwrap().facts().await.unwrap_err();
-    let PostgresError::MissingRight { grant, database, .. } = &error else { panic!("{error:?}") };
-    assert_eq!(grant, r#"GRANT pg_read_all_settings TO "back-up";"#);
-    assert_eq!(database, "postgres");
-    superuser.batch_execute(grant).await.unwrap();
-    let session = Session::connect(&target).await.unwrap();
-    session.facts().await.unwrap();
+        // Follow the advice until everything works: each statement must cure what it is named for.
+        let error = Session::connect(&target).await.unwrap().facts().await.unwrap_err();
+        let PostgresError::MissingRight { grant, database, .. } = &error else { panic!("{error:?}") };
+        assert_eq!(grant, r#"GRANT pg_read_all_settings TO "back-up";"#);
+        assert_eq!(database, "postgres");
+        superuser.batch_execute(grant).await.unwrap();
+        let session = Session::connect(&target).await.unwrap();
+        session.facts().await.unwrap();
 
-    let error = session.start_backup("x", BackupLimits::default()).await.unwrap_err();
-    let PostgresError::MissingRight { grant, .. } = &error else { panic!("{error:?}") };
-    assert!(error.to_string().contains(grant.as_str()), "{error}");
-    superuser.batch_execute(grant).await.unwrap();
-    let session = Session::connect(&target).await.unwrap();
-    session.start_backup("x", BackupLimits::default()).await.unwrap().stop().await.unwrap();
+        let error = session.start_backup("x", BackupLimits::default()).await.unwrap_err();
+        let PostgresError::MissingRight { grant, .. } = &error else { panic!("{error:?}") };
+        assert!(error.to_string().contains(grant.as_str()), "{error}");
+        superuser.batch_execute(grant).await.unwrap();
+        let session = Session::connect(&target).await.unwrap();
+        session.start_backup("x", BackupLimits::default()).await.unwrap().stop().await.unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

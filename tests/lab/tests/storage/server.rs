@@ -2,28 +2,24 @@
 
 use std::fs;
 use std::net::TcpListener;
-use std::os::unix::fs::chown;
-use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use howdah_adapters::kubernetes::Credentials;
 use howdah_adapters::postgres::Target;
+use howdah_lab::postgres::{self, Binaries, DEBIAN_MAJOR};
 use howdah_lab::process::wait_until;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, User};
+use nix::unistd::Pid;
 use tempfile::TempDir;
 
-/// Debian's server; PostgreSQL refuses to run as root.
-const BINARIES: &str = "/usr/lib/postgresql/15/bin";
-const USER: &str = "postgres";
+pub use howdah_lab::postgres::PASSWORD;
+
 /// A server starts in a second; two emulated nodes beside it may make that many.
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// A fast shutdown of an idle server.
 const STOP_LIMIT: Duration = Duration::from_secs(30);
-/// The password of every role.
-pub const PASSWORD: &str = "correct horse";
 
 pub struct Server {
     folder: TempDir,
@@ -32,52 +28,33 @@ pub struct Server {
 }
 
 impl Server {
-    /// Makes and starts a server that asks every role for its password. `settings` are lines of postgresql.conf;
-    /// `files` are put into the data directory, readable by the server alone.
+    /// Makes and starts a server of Debian's version that asks every role for its password. `settings` are lines of
+    /// postgresql.conf; `files` are put into the data directory, readable by the server alone.
     pub fn start(settings: &str, files: &[(&str, &str)]) -> Self {
-        let Some(user) = User::from_name(USER).unwrap() else {
-            panic!("there is no user {USER}: run make setup, which installs postgresql-15")
-        };
-        let (uid, gid) = (user.uid.as_raw(), user.gid.as_raw());
+        Self::start_version(DEBIAN_MAJOR, settings, files)
+    }
+
+    /// The same of any major version.
+    pub fn start_version(major: u32, settings: &str, files: &[(&str, &str)]) -> Self {
         let folder = tempfile::Builder::new().prefix("howdah-postgres-").tempdir().unwrap();
-        chown(folder.path(), Some(uid), Some(gid)).unwrap();
-        let as_postgres = |program: &str| {
-            let mut command = Command::new(PathBuf::from(BINARIES).join(program));
-            command.uid(uid).gid(gid).current_dir(folder.path()).env("LC_ALL", "C.UTF-8");
-            command
-        };
+        let binaries = Binaries::find(major, folder.path()).unwrap();
         let data = folder.path().join("data");
-        let password = folder.path().join("password");
-        fs::write(&password, PASSWORD).unwrap();
-        let made = as_postgres("initdb")
-            .args(["--auth=scram-sha-256", "--username=postgres", "--no-sync", "--pgdata"])
-            .arg(&data)
-            .arg(format!("--pwfile={}", password.display()))
-            .output()
-            .unwrap();
-        assert!(made.status.success(), "initdb: {}", String::from_utf8_lossy(&made.stderr));
+        binaries.initdb(&data).unwrap();
         for (name, content) in files {
             let path = data.join(name);
             fs::write(&path, content).unwrap();
             fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
-            chown(&path, Some(uid), Some(gid)).unwrap();
+            binaries.give(&path).unwrap();
         }
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let configuration = data.join("postgresql.conf");
-        let text = fs::read_to_string(&configuration).unwrap();
         let ours = format!(
-            "listen_addresses = '127.0.0.1'\nport = {port}\nunix_socket_directories = ''\nfsync = on\n{settings}\n"
+            "listen_addresses = '127.0.0.1'\nport = {port}\nunix_socket_directories = ''\n{settings}"
         );
-        fs::write(&configuration, text + &ours).unwrap();
+        postgres::append(&data, "postgresql.conf", &ours).unwrap();
         let log = fs::File::create(folder.path().join("log")).unwrap();
-        let child = as_postgres("postgres")
-            .arg("-D")
-            .arg(&data)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .unwrap();
+        let mut server = binaries.server(&data);
+        server.env("LC_ALL", "C.UTF-8").current_dir(folder.path());
+        let child = server.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
         let server = Self { folder, child, port };
         let ready = || server.log().contains("ready to accept connections");
         assert!(wait_until(START_LIMIT, ready), "{}", server.log());

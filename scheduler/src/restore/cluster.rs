@@ -1,0 +1,237 @@
+//! What a restore does in Kubernetes: the gate, the scale, the proofs, and the question whether the database answers.
+
+use howdah_adapters::kubernetes::{KubernetesError, call, is_ready};
+use howdah_adapters::postgres::{PostgresError, Session, Target};
+use howdah_adapters::records::PostgresRestore;
+use howdah_core::backup::{FailureKind, ImageRecord, Problem};
+use howdah_core::restore::{Answer, Event, Goal, Method, Proof, RestoreStatus};
+use howdah_core::{annotations, names};
+use k8s_openapi::api::apps::v1::StatefulSet;
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::storage::v1::VolumeAttachment;
+use kube::api::{ListParams, Patch, PatchParams};
+use kube::{Api, ResourceExt as _};
+use serde_json::json;
+
+use super::preflight::{no_backup_runs, pod_name};
+use super::{Restore, known, transient};
+use crate::effects::of_ceph;
+use crate::effects::preflight::{
+    DATABASE, claim_of_template, credentials, database_container, of_kubernetes, port, strange,
+};
+
+impl Restore<'_> {
+    fn sets(&self) -> Api<StatefulSet> {
+        Api::namespaced(self.cx.kubernetes.client().clone(), &self.namespace())
+    }
+
+    /// Annotates the StatefulSet. Before that the record gets a finalizer, so that deleting it puts everything back.
+    pub(super) async fn close_gate(&mut self) -> Result<Event, Problem> {
+        self.keep_record(true).await?;
+        let database = self.database().await?;
+        self.gate_fits(&database)?;
+        self.annotate(&database, Some(&self.order.gate())).await?;
+        Ok(Event::GateClosed)
+    }
+
+    /// Takes the annotation away, and the finalizer after it.
+    pub(super) async fn open_gate(&mut self) -> Result<Event, Problem> {
+        let name = &self.record.spec.stateful_set;
+        let attempt = format!("get the StatefulSet {}/{name}", self.namespace());
+        let found = call(attempt, self.sets().get_opt(name)).await.map_err(|error| of_kubernetes(&error))?;
+        if let Some(database) =
+            found.filter(|set| set.annotations().get(names::GATE) == Some(&self.order.gate()))
+        {
+            self.annotate(&database, None).await?;
+        }
+        self.keep_record(false).await?;
+        Ok(Event::GateOpened)
+    }
+
+    async fn annotate(&self, database: &StatefulSet, gate: Option<&str>) -> Result<(), Problem> {
+        if database.annotations().get(names::GATE).map(String::as_str) == gate {
+            return Ok(());
+        }
+        let name = database.name_any();
+        // With the version that was judged, so that two operations cannot both close it.
+        let version = database.resource_version();
+        let patch = json!({"metadata": {"resourceVersion": version, "annotations": {names::GATE: gate}}});
+        let verb = if gate.is_some() { "close" } else { "open" };
+        let attempt = format!("{verb} the gate of the StatefulSet {}/{name}", self.namespace());
+        let patched =
+            call(attempt, self.sets().patch(&name, &PatchParams::default(), &Patch::Merge(&patch))).await;
+        patched.map(drop).map_err(|error| of_kubernetes(&error))
+    }
+
+    /// Puts the finalizer on the record, or takes it off.
+    async fn keep_record(&self, keep: bool) -> Result<(), Problem> {
+        let (api, name) = (self.records(), self.order.name.as_str());
+        let found = call(format!("get the restore {name}"), api.get_opt(name)).await;
+        let Some(record) = found.map_err(|error| of_kubernetes(&error))? else { return Ok(()) };
+        let record: PostgresRestore = record;
+        let mut finalizers = record.finalizers().to_vec();
+        let has = finalizers.iter().any(|finalizer| finalizer == names::RESTORE_FINALIZER);
+        // The API server takes no new finalizer on an object that is being deleted.
+        if has == keep || (keep && record.metadata.deletion_timestamp.is_some()) {
+            return Ok(());
+        }
+        if keep {
+            finalizers.push(names::RESTORE_FINALIZER.to_owned());
+        } else {
+            finalizers.retain(|finalizer| finalizer != names::RESTORE_FINALIZER);
+        }
+        let version = record.resource_version();
+        let patch = json!({"metadata": {"resourceVersion": version, "finalizers": finalizers}});
+        let attempt = format!("write the finalizers of the restore {name}");
+        let patched = call(attempt, api.patch(name, &PatchParams::default(), &Patch::Merge(&patch))).await;
+        patched.map(drop).map_err(|error| of_kubernetes(&error))
+    }
+
+    /// Scales the database to zero, when no backup is under way.
+    pub(super) async fn stop(&mut self, status: &RestoreStatus) -> Result<Event, Problem> {
+        // One may have been reserved between the preflight and the gate; none begins while it is closed.
+        no_backup_runs(&self.backups().await?, &self.record.spec.stateful_set)?;
+        self.scale(0, status).await?;
+        Ok(Event::Stopped)
+    }
+
+    pub(super) async fn start(&mut self, replicas: i32, status: &RestoreStatus) -> Result<Event, Problem> {
+        self.scale(replicas, status).await?;
+        Ok(Event::Started)
+    }
+
+    async fn scale(&self, replicas: i32, status: &RestoreStatus) -> Result<(), Problem> {
+        let name = &self.record.spec.stateful_set;
+        let patch = json!({"spec": {"replicas": replicas}});
+        let attempt = format!("scale the StatefulSet {}/{name} to {replicas}", self.namespace());
+        let sets = self.sets();
+        match call(attempt, sets.patch_scale(name, &PatchParams::default(), &Patch::Merge(&patch))).await {
+            Ok(_) => Ok(()),
+            // Somebody deleted it: there is nothing to be scaled any more, and the volume is still put back.
+            Err(KubernetesError::NotFound { .. }) if status.going_back => Ok(()),
+            Err(error) => Err(of_kubernetes(&error)),
+        }
+    }
+
+    /// Looks whether anybody can still write to the volume.
+    pub(super) async fn prove(&mut self, status: &RestoreStatus) -> Result<Event, Problem> {
+        let volume = known(&status.volume, "volume")?;
+        let image = known(&status.image, "image")?;
+        let mut proofs = vec![self.no_pod(&volume.claim).await?, self.no_attachment(&volume.volume).await?];
+        let ceph = self.ceph().await?;
+        // On the way back the volume may go by either image.
+        let mut images = vec![(image, ceph.image_by_id(image).await.map_err(of_ceph)?)];
+        if let Some(incoming) = &status.incoming {
+            match ceph.image_by_id(incoming).await {
+                Ok(found) => images.push((incoming, found)),
+                Err(error) if error.is_not_found() => {}
+                Err(error) => return Err(of_ceph(error)),
+            }
+        }
+        let mut watchers = Vec::new();
+        let mut locks = Vec::new();
+        for (record, found) in images {
+            let spec = ImageRecord { name: found.name, ..record.clone() }.spec();
+            let open = ceph.watchers(&spec).await.map_err(of_ceph)?;
+            watchers.extend(open.into_iter().map(|watcher| format!("{spec} is open on {}", watcher.address)));
+            if self.overwrites(status, record) {
+                let owners = ceph.lock_owners(&spec).await.map_err(of_ceph)?;
+                locks.extend(
+                    owners.into_iter().map(|owner| format!("{spec} is locked by {owner}, which is gone")),
+                );
+            }
+        }
+        proofs.push(proof("no client has the image open", watchers, "no watcher"));
+        proofs.push(proof("no client that is gone has left its lock", locks, "no lock that matters"));
+        let proven = proofs.iter().all(|proof| proof.holds);
+        Ok(if proven { Event::Proven(proofs) } else { Event::Unproven(proofs) })
+    }
+
+    /// Whether the restore, as it goes on from here, writes to an image that a client may have left locked. Such a client
+    /// may only be cut off and come back, and then its writes would go there. (After a swap they go into the image that
+    /// was set aside.) Once we have written ourselves, a lock that is left is our own.
+    fn overwrites(&self, status: &RestoreStatus, image: &ImageRecord) -> bool {
+        let incoming = status.incoming.as_ref().is_some_and(|incoming| incoming.id == image.id);
+        match status.method.unwrap_or_default() {
+            Method::Rollback => status.safety_snapshot.is_none(),
+            Method::Swap => incoming && !status.going_back && matches!(self.order.goal, Goal::Undo(_)),
+        }
+    }
+
+    async fn no_pod(&self, claim: &str) -> Result<Proof, Problem> {
+        let namespace = self.namespace();
+        let pods = Api::<Pod>::namespaced(self.cx.kubernetes.client().clone(), &namespace);
+        let attempt = format!("list the pods of {namespace}");
+        let all =
+            call(attempt, pods.list(&ListParams::default())).await.map_err(|error| of_kubernetes(&error))?;
+        let uses = |pod: &&Pod| {
+            let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
+            let mut claims = volumes.filter_map(|volume| volume.persistent_volume_claim.as_ref());
+            let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+            claims.any(|used| used.claim_name == claim) && !matches!(phase, Some("Succeeded" | "Failed"))
+        };
+        let found = all.items.iter().filter(uses).map(|pod| {
+            let going = if pod.metadata.deletion_timestamp.is_some() { "is still going" } else { "runs" };
+            format!("the pod {} uses the claim {claim} and {going}", pod.name_any())
+        });
+        Ok(proof("no pod uses the claim", found.collect(), "no pod"))
+    }
+
+    async fn no_attachment(&self, volume: &str) -> Result<Proof, Problem> {
+        let api = Api::<VolumeAttachment>::all(self.cx.kubernetes.client().clone());
+        let all = call("list the VolumeAttachments", api.list(&ListParams::default())).await;
+        let all = all.map_err(|error| of_kubernetes(&error))?;
+        let found = all
+            .items
+            .iter()
+            .filter(|attachment| attachment.spec.source.persistent_volume_name.as_deref() == Some(volume))
+            .map(|attachment| {
+                format!("the volume {volume} is attached to the node {}", attachment.spec.node_name)
+            });
+        Ok(proof("the volume is attached to no node", found.collect(), "no attachment"))
+    }
+
+    /// Looks whether the restored database answers.
+    pub(super) async fn ask(&mut self) -> Result<Event, Problem> {
+        let database = self.database().await?;
+        let (namespace, name) = (self.namespace(), pod_name(&database));
+        let pods = Api::<Pod>::namespaced(self.cx.kubernetes.client().clone(), &namespace);
+        let pod = call(format!("get the pod {namespace}/{name}"), pods.get_opt(&name)).await;
+        let silent = |seen: String| Ok(Event::Silent { seen });
+        let Some(pod) = pod.map_err(|error| of_kubernetes(&error))? else {
+            return silent(format!("the pod {name} does not exist yet"));
+        };
+        if !is_ready(&pod) {
+            return silent(format!("the pod {name} is not ready"));
+        }
+        let spec = pod.spec.as_ref().ok_or_else(|| strange("the pod has no spec"))?;
+        let template = |volume: &str| claim_of_template(&database, spec, volume);
+        let (container, _) = database_container(spec, &template)?;
+        // Annotations that cannot be read name no Secret.
+        let settings = annotations::parse(database.annotations()).unwrap_or_default();
+        let credentials = match credentials(self.cx, &namespace, &pod, &settings).await {
+            Ok(credentials) => credentials,
+            Err(problem) if problem.kind == FailureKind::Credentials => {
+                return Ok(Event::Answered(Answer::Ready));
+            }
+            Err(problem) => return Err(problem),
+        };
+        let address = pod.status.as_ref().and_then(|status| status.pod_ip.clone());
+        let host = address.ok_or_else(|| transient("the pod has no address", "wait"))?;
+        let port = port(self.cx, &namespace, container).await?;
+        let target = Target { host, port, database: DATABASE.to_owned(), credentials, ca_pem: None };
+        match Session::connect(&target).await {
+            Ok(_) => Ok(Event::Answered(Answer::Sql)),
+            // It is up, and was restored to a time when the password was another one.
+            Err(PostgresError::WrongCredentials { .. }) => Ok(Event::Answered(Answer::Ready)),
+            Err(error) => silent(error.to_string()),
+        }
+    }
+}
+
+/// `against` is what speaks against it, and `absent` what was seen where nothing does.
+fn proof(what: &str, against: Vec<String>, absent: &str) -> Proof {
+    let holds = against.is_empty();
+    let seen = if holds { absent.to_owned() } else { against.join("; ") };
+    Proof { what: what.to_owned(), holds, seen }
+}

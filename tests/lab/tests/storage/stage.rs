@@ -1,0 +1,522 @@
+//! A cluster without nodes in which the scheduler backs up real databases: the API server, the volumes and their
+//! provisioner, Ceph and PostgreSQL are real, and each database lies on its volume's image, mapped on this machine. Where
+//! a kubelet would run the pod, the test runs PostgreSQL and gives the pod its address and readiness.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
+
+use futures::{StreamExt as _, pin_mut};
+use howdah_adapters::records::PostgresBackup;
+use howdah_core::backup::{BackupStatus, Phase};
+use howdah_lab::ceph::POOL;
+use howdah_lab::files;
+use howdah_lab::lab::Lab;
+use howdah_lab::mapping::Mapping;
+use howdah_lab::netns::BRIDGE_ADDRESS;
+use howdah_lab::postgres::{self, Binaries, DEBIAN_MAJOR, PASSWORD};
+use howdah_lab::process::{self, TERM_LIMIT, wait_until};
+use howdah_lab::repository;
+use howdah_lab::storage::claim::{Claim, wait_slowly};
+use howdah_lab::testing::{Process, TempNamespace, shared_name};
+use kube::api::ListParams;
+use kube::runtime::{WatchStreamExt as _, watcher};
+use kube::{Api, Client};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use tokio::runtime::Runtime;
+
+/// A backup takes some five seconds; other labs may run beside this one.
+pub const BACKUP_LIMIT: Duration = Duration::from_secs(180);
+/// Rook's glue makes a key in a second.
+const KEY_LIMIT: Duration = Duration::from_secs(120);
+/// initdb, recovery and the first start of PostgreSQL.
+pub const START_LIMIT: Duration = Duration::from_secs(60);
+/// A lost lease is free after 15 s.
+pub const LEAD_LIMIT: Duration = Duration::from_secs(90);
+/// The scheduler that tests share, and where it listens.
+const SHARED: (&str, u16) = ("scheduler-shared", 18080);
+/// Memory and WAL of a database of a few rows; its image is small.
+const SMALL: &str = "shared_buffers = 8MB\nmin_wal_size = 2MB\nmax_wal_size = 16MB\nmax_connections = 20";
+
+/// A scheduler acts on the whole cluster: the tests that share one, or one test that has its own.
+static TURN: RwLock<()> = RwLock::new(());
+/// The shared scheduler. It outlives the tests of this process, and is ended by the next one's first or by `down`.
+static SCHEDULER: Mutex<Option<Process>> = Mutex::new(None);
+/// Each database of this process listens on a port of its own.
+static PORT: AtomicU16 = AtomicU16::new(15432);
+
+/// Held while the test runs.
+#[expect(dead_code, reason = "what counts is that it is held")]
+enum Turn {
+    Shared(RwLockReadGuard<'static, ()>),
+    Alone(RwLockWriteGuard<'static, ()>),
+}
+
+/// A namespace, and a turn.
+pub struct Stage {
+    pub lab: Lab,
+    pub namespace: TempNamespace,
+    pub runtime: Runtime,
+    pub client: Client,
+    _turn: Turn,
+}
+
+impl Stage {
+    /// With the scheduler that others use, too; it runs.
+    pub fn shared() -> Self {
+        let turn = TURN.read().unwrap_or_else(PoisonError::into_inner);
+        let stage = Self::new(Turn::Shared(turn));
+        let mut scheduler = SCHEDULER.lock().unwrap_or_else(PoisonError::into_inner);
+        if !scheduler.as_mut().is_some_and(Process::is_alive) {
+            *scheduler = Some(stage.scheduler(SHARED.0, SHARED.1));
+        }
+        drop(scheduler);
+        stage
+    }
+
+    /// With no scheduler but those that the test starts.
+    pub fn alone() -> Self {
+        let turn = TURN.write().unwrap_or_else(PoisonError::into_inner);
+        let stage = Self::new(Turn::Alone(turn));
+        let shared = SCHEDULER.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(scheduler) = shared {
+            scheduler.stop().unwrap();
+        }
+        // One that an earlier run of the tests left.
+        if let Some(left) = process::running(&stage.lab, SHARED.0) {
+            left.stop(&stage.lab, TERM_LIMIT).unwrap();
+        }
+        stage
+    }
+
+    fn new(turn: Turn) -> Self {
+        let lab = Lab::open_or_up(&shared_name(), 0).unwrap();
+        install(&lab);
+        let namespace = lab.namespace("scheduler").unwrap();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let client = runtime.block_on(lab.client()).unwrap();
+        Self { lab, namespace, runtime, client, _turn: turn }
+    }
+
+    /// What a user runs, word for word as a failed backup says it.
+    pub fn grant(&self) {
+        self.kubectl(&[
+            "create",
+            "rolebinding",
+            "howdah-credentials",
+            "--clusterrole=howdah-credentials",
+            "--serviceaccount=howdah-system:howdah-scheduler",
+        ]);
+    }
+
+    pub fn kubectl(&self, args: &[&str]) -> String {
+        self.lab.kubectl_ok(&[&["-n", self.namespace.name()], args].concat()).unwrap()
+    }
+
+    /// Applies objects in the namespace.
+    pub fn apply(&self, objects: &Value) {
+        let applied = self
+            .lab
+            .kubectl_with_input(&["-n", self.namespace.name(), "apply", "-f", "-"], &objects.to_string());
+        let applied = applied.unwrap();
+        assert!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
+    }
+
+    /// Annotates a StatefulSet with `KEY=VALUE`.
+    pub fn annotate(&self, set: &str, annotation: &str) {
+        self.kubectl(&["annotate", "--overwrite", "statefulset", set, annotation]);
+    }
+
+    /// Starts a scheduler as its service account.
+    pub fn scheduler(&self, name: &str, port: u16) -> Process {
+        self.scheduler_with(name, port, &[])
+    }
+
+    /// The same with more arguments.
+    pub fn scheduler_with(&self, name: &str, port: u16, more: &[&str]) -> Process {
+        let token = ["create", "token", "howdah-scheduler", "-n", "howdah-system", "--duration=1h"];
+        let token = self.lab.kubectl_ok(&token).unwrap();
+        let text = fs::read_to_string(self.lab.inside_kubeconfig()).unwrap();
+        let mut config: Value = serde_yaml_ng::from_str(&text).unwrap();
+        config["users"][0]["user"] = json!({"token": token.trim()});
+        let kubeconfig = self.lab.path(format!("kubeconfig-{name}"));
+        fs::write(&kubeconfig, config.to_string()).unwrap();
+        let mut command = self.lab.command(scheduler_binary());
+        command.arg("--kubeconfig").arg(kubeconfig);
+        command.args(["--listen", &format!("127.0.0.1:{port}"), "--identity", name, "--wake-seconds", "1"]);
+        command.args(more);
+        command.env_remove("POD_NAMESPACE").env_remove("POD_NAME");
+        let mut process = self.lab.spawn_inside(name, &command).unwrap();
+        let url = format!("http://127.0.0.1:{port}/readyz");
+        let answers = || {
+            let mut curl = self.lab.command("curl");
+            self.lab.output_inside(curl.args(["-sf", "--max-time", "2", &url])).is_ok()
+        };
+        process.wait_ready(LEAD_LIMIT, answers).unwrap();
+        process
+    }
+
+    /// What the shared scheduler has said, for a test that fails.
+    pub fn scheduler_log(&self) -> String {
+        let scheduler = SCHEDULER.lock().unwrap_or_else(PoisonError::into_inner);
+        scheduler.as_ref().map(|process| process.output().unwrap()).unwrap_or_default()
+    }
+
+    fn records(&self) -> Api<PostgresBackup> {
+        Api::namespaced(self.client.clone(), self.namespace.name())
+    }
+
+    pub fn backups(&self) -> Vec<PostgresBackup> {
+        self.runtime.block_on(self.records().list(&ListParams::default())).unwrap().items
+    }
+
+    /// The record; none when it is gone.
+    pub fn backup(&self, name: &str) -> Option<PostgresBackup> {
+        self.runtime.block_on(self.records().get_opt(name)).unwrap()
+    }
+
+    pub fn status(&self, backup: &str) -> BackupStatus {
+        self.backup(backup).unwrap().status.unwrap_or_default()
+    }
+
+    /// Waits until the backup is over.
+    pub fn wait_over(&self, backup: &str) -> BackupStatus {
+        let over = wait_until(BACKUP_LIMIT, || self.status(backup).phase.is_terminal());
+        assert!(over, "{:?}\n{}", self.status(backup), self.scheduler_log());
+        self.status(backup)
+    }
+
+    /// Waits until the record of a backup shows `phase`, and returns at that moment.
+    pub fn wait_phase(&self, backup: &str, phase: Phase) {
+        self.runtime.block_on(async {
+            let only = watcher::Config::default().fields(&format!("metadata.name={backup}"));
+            let stream = watcher(self.records(), only).applied_objects();
+            pin_mut!(stream);
+            let reached = async {
+                while let Some(Ok(found)) = stream.next().await {
+                    let now = found.status.unwrap_or_default().phase;
+                    if now == phase {
+                        return;
+                    }
+                    assert!(!now.is_terminal(), "{backup} is over before it was seen in {phase:?}");
+                }
+            };
+            tokio::time::timeout(BACKUP_LIMIT, reached).await.unwrap();
+        });
+    }
+
+    /// What a kubelet says of the pod of a StatefulSet when it is ready.
+    pub fn show_ready(&self, set: &str) {
+        let address = BRIDGE_ADDRESS.to_string();
+        let ready = json!({"status": {
+            "phase": "Running", "podIP": address, "podIPs": [{"ip": address}],
+            "hostIP": address, "hostIPs": [{"ip": address}],
+            "conditions": [{"type": "Ready", "status": "True"}]}});
+        let (pod, ready) = (format!("{set}-0"), ready.to_string());
+        self.kubectl(&["patch", "pod", &pod, "--subresource=status", "--type=merge", "-p", &ready]);
+    }
+
+    /// A protected StatefulSet with a running database `name` of Debian's PostgreSQL.
+    pub fn database(&self, name: &str, annotations: Value) -> Database<'_> {
+        self.database_of(DEBIAN_MAJOR, name, annotations)
+    }
+
+    /// The same of another major version.
+    pub fn database_of(&self, major: u32, name: &str, annotations: Value) -> Database<'_> {
+        let place = Place::next(&self.lab);
+        let root = place.root(&self.lab);
+        self.apply(&stateful_set(name, major, &annotations, &place, root.to_str().unwrap()));
+        let claim = format!("data-{name}-0");
+        let claim = Claim::bound(&self.lab, self.namespace.name(), &claim).unwrap();
+        let image = claim.image().unwrap();
+        let server = Server::make(&self.lab, major, &image, place);
+        let database = Database { stage: self, name: name.to_owned(), image, server };
+        self.show_ready(name);
+        database
+    }
+}
+
+/// Name, port and directory of one server.
+#[derive(Clone, Debug)]
+pub struct Place {
+    name: String,
+    port: u16,
+}
+
+impl Place {
+    fn next(lab: &Lab) -> Self {
+        let port = PORT.fetch_add(1, Ordering::Relaxed);
+        // What a killed run left would be taken for this one's.
+        let name = format!("postgres-{port}");
+        if let Some(left) = process::running(lab, &name) {
+            left.stop(lab, TERM_LIMIT).unwrap();
+        }
+        Self { name, port }
+    }
+
+    fn root(&self, lab: &Lab) -> PathBuf {
+        Mapping::place(lab, &self.name)
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+}
+
+/// A PostgreSQL whose data lies on an image, in the lab's network on the address that pods are given.
+pub struct Server {
+    lab: Lab,
+    place: Place,
+    // In this order: the server leaves the file system before it is unmounted.
+    postgres: Option<Process>,
+    mapping: Option<Mapping>,
+}
+
+impl Server {
+    /// On a new file system.
+    fn make(lab: &Lab, major: u32, image: &str, place: Place) -> Self {
+        let mapping = Mapping::open(lab, name_of(image), &place.name, true).unwrap();
+        let data = mapping.path().join("data");
+        let binaries = Binaries::find(major, lab.dir()).unwrap();
+        binaries.initdb(&data).unwrap();
+        postgres::append(&data, "pg_hba.conf", "host all all 10.77.0.0/16 scram-sha-256").unwrap();
+        let server = Self { lab: lab.clone(), place, postgres: None, mapping: Some(mapping) };
+        server.start(&binaries)
+    }
+
+    /// On a clone of a snapshot, as it is: PostgreSQL recovers from it as from a crash.
+    pub fn on_clone(lab: &Lab, major: u32, image: &str) -> Self {
+        Self::again(lab, major, image, Place::next(lab))
+    }
+
+    /// On an image that has a database, under a name and port that are given.
+    pub fn again(lab: &Lab, major: u32, image: &str, place: Place) -> Self {
+        let mapping = Mapping::open(lab, name_of(image), &place.name, false).unwrap();
+        // It names a process that still runs on this machine: the server that was backed up. PostgreSQL does not sync
+        // it, so it need not be there.
+        files::remove_file(&mapping.path().join("data/postmaster.pid")).unwrap();
+        let server = Self { lab: lab.clone(), place, postgres: None, mapping: Some(mapping) };
+        server.start(&Binaries::find(major, lab.dir()).unwrap())
+    }
+
+    fn start(mut self, binaries: &Binaries) -> Self {
+        let data = self.mapping().path().join("data");
+        let ours = format!(
+            "listen_addresses = '{BRIDGE_ADDRESS}'\nport = {}\nunix_socket_directories = ''\n{SMALL}",
+            self.place.port
+        );
+        postgres::append(&data, "postgresql.conf", &ours).unwrap();
+        // initdb was told not to sync, and a checkpoint syncs only what the server itself wrote.
+        self.mapping().sync().unwrap();
+        let mut process = self.lab.spawn_inside(&self.place.name, &binaries.server(&data)).unwrap();
+        let log = process::log_path(&self.lab, &self.place.name);
+        let before = process.log_start();
+        let ready = || {
+            fs::read(&log).is_ok_and(|text| {
+                String::from_utf8_lossy(&text[before..]).contains("ready to accept connections")
+            })
+        };
+        process.wait_ready(START_LIMIT, ready).unwrap();
+        self.postgres = Some(process);
+        self
+    }
+
+    pub fn sql(&self, query: &str) -> String {
+        let mut psql = self.lab.command("psql");
+        let (host, port) = (BRIDGE_ADDRESS.to_string(), self.place.port.to_string());
+        psql.env("PGPASSWORD", PASSWORD).args(["-h", &host, "-p", &port, "-U", "postgres", "-XAtqc", query]);
+        self.lab.output_inside(&mut psql).unwrap().trim().to_owned()
+    }
+
+    pub fn log(&self) -> String {
+        self.postgres.as_ref().map(|process| process.output().unwrap()).unwrap_or_default()
+    }
+
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// Its client of Ceph.
+    pub fn mapping(&self) -> &Mapping {
+        self.mapping.as_ref().unwrap()
+    }
+
+    /// Ends it with a fast shutdown, and unmaps its volume.
+    fn stop(&mut self) {
+        if let Some(mut process) = self.postgres.take() {
+            if let Err(error) = process.signal(Signal::SIGINT) {
+                eprintln!("{error:#}");
+            }
+            process.wait_gone(START_LIMIT);
+        }
+        self.mapping = None;
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// A protected StatefulSet and its database.
+pub struct Database<'a> {
+    pub stage: &'a Stage,
+    pub name: String,
+    pub image: String,
+    pub server: Server,
+}
+
+impl std::ops::Deref for Database<'_> {
+    type Target = Server;
+
+    fn deref(&self) -> &Server {
+        &self.server
+    }
+}
+
+impl Database<'_> {
+    /// The image as POOL/NAME.
+    pub fn image(&self) -> &str {
+        &self.image
+    }
+
+    /// Scales the StatefulSet to zero; PostgreSQL shuts down and its volume is unmapped, as a node would do it.
+    pub fn stop(&mut self) {
+        self.stage.kubectl(&["scale", "statefulset", &self.name, "--replicas=0"]);
+        self.server.stop();
+        let pod = format!("{}-0", self.name);
+        let left = ["get", "pod", &pod, "--ignore-not-found", "-o", "name"];
+        assert!(wait_slowly(START_LIMIT, || self.stage.kubectl(&left).is_empty()), "the pod {pod} stays");
+    }
+
+    /// Asks for a backup by hand, as a user would.
+    pub fn order(&self, backup: &str, consistency: Option<&str>) {
+        let mut order = json!({"apiVersion": "howdah.dev/v1alpha1", "kind": "PostgresBackup",
+            "metadata": {"name": backup}, "spec": {"statefulSet": self.name}});
+        if let Some(class) = consistency {
+            order["spec"]["consistency"] = json!(class);
+        }
+        self.stage.apply(&order);
+    }
+
+    /// The names of the snapshots of users.
+    pub fn snapshots(&self) -> Vec<String> {
+        let text = self.stage.lab.rbd(&["snap", "ls", "--format", "json", &self.image]).unwrap();
+        let list: Value = serde_json::from_str(&text).unwrap();
+        let names = list.as_array().unwrap().iter();
+        names.map(|snapshot| snapshot["name"].as_str().unwrap().to_owned()).collect()
+    }
+
+    /// Sessions of howdah; one in backup mode is among them.
+    pub fn sessions(&self) -> String {
+        self.sql("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'howdah'")
+    }
+}
+
+/// A clone of a snapshot with a PostgreSQL on it; removed when dropped.
+pub struct Restored {
+    lab: Lab,
+    image: String,
+    server: Option<Server>,
+}
+
+impl Restored {
+    /// `snapshot` is POOL/IMAGE@NAME.
+    pub fn start(lab: &Lab, major: u32, snapshot: &str) -> Self {
+        let number = PORT.fetch_add(1, Ordering::Relaxed);
+        let image = format!("{POOL}/clone-{}-{number}", std::process::id());
+        lab.rbd(&["clone", "--rbd-default-clone-format", "2", snapshot, &image]).unwrap();
+        let mut clone = Self { lab: lab.clone(), image, server: None };
+        clone.server = Some(Server::on_clone(lab, major, &clone.image));
+        clone
+    }
+}
+
+impl std::ops::Deref for Restored {
+    type Target = Server;
+
+    fn deref(&self) -> &Server {
+        self.server.as_ref().unwrap()
+    }
+}
+
+impl Drop for Restored {
+    fn drop(&mut self) {
+        self.server = None;
+        // The watcher of a client that ended by itself is gone at once.
+        let removed =
+            wait_slowly(START_LIMIT, || self.lab.rbd(&["rm", "--no-progress", &self.image]).is_ok());
+        if !removed {
+            eprintln!("remove {}: it stays in use", self.image);
+        }
+    }
+}
+
+pub fn name_of(image: &str) -> &str {
+    image.split_once('/').map_or(image, |(_, name)| name)
+}
+
+fn stateful_set(name: &str, major: u32, annotations: &Value, place: &Place, root: &str) -> Value {
+    let port = place.port.to_string();
+    json!({"apiVersion": "v1", "kind": "List", "items": [
+        {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": {"password": PASSWORD}},
+        {"apiVersion": "apps/v1", "kind": "StatefulSet",
+         "metadata": {"name": name, "labels": {"howdah.dev/protect": "true"}, "annotations": annotations},
+         "spec": {
+            "serviceName": name, "replicas": 1, "selector": {"matchLabels": {"app": name}},
+            "template": {"metadata": {"labels": {"app": name}}, "spec": {
+                // No kubelet of a lab that others share may start it.
+                "nodeSelector": {"howdah.dev/no-such-node": "true"},
+                "terminationGracePeriodSeconds": 0,
+                "containers": [{"name": "postgres", "image": format!("docker.io/library/postgres:{major}"),
+                    "env": [
+                        {"name": "PGDATA", "value": format!("{root}/data")},
+                        {"name": "PGPORT", "value": port},
+                        {"name": "POSTGRES_PASSWORD", "valueFrom": {"secretKeyRef": {"name": name, "key": "password"}}}],
+                    "volumeMounts": [{"name": "data", "mountPath": root}]}]}},
+            "volumeClaimTemplates": [{"metadata": {"name": "data"}, "spec": {"accessModes": ["ReadWriteOnce"],
+                "storageClassName": "rook-ceph-block", "resources": {"requests": {"storage": "160Mi"}}}}]}}
+    ]})
+}
+
+/// Applies the parts of deploy/ that the scheduler needs, once for each run.
+fn install(lab: &Lab) {
+    static DONE: OnceLock<()> = OnceLock::new();
+    DONE.get_or_init(|| {
+        let parts = [
+            "deploy/base/namespace.yaml",
+            "deploy/base/crds",
+            "deploy/base/scheduler-rbac.yaml",
+            "deploy/base/credentials-clusterrole.yaml",
+            "deploy/overlays/rook/ceph-rbac.yaml",
+            "deploy/overlays/rook/cephclient.yaml",
+        ];
+        let parts = parts.map(|part| format!("--filename={}", repository::root().join(part).display()));
+        let apply = ["apply", "--server-side", "--force-conflicts"];
+        let arguments: Vec<&str> = apply.into_iter().chain(parts.iter().map(String::as_str)).collect();
+        lab.kubectl_ok(&arguments).unwrap();
+        let secret = ["-n", "rook-ceph", "get", "secret", "rook-ceph-client-howdah-backup"];
+        assert!(wait_slowly(KEY_LIMIT, || lab.kubectl_ok(&secret).is_ok()), "Rook's glue made no key");
+    });
+}
+
+/// The scheduler of this tree, built the way this test was.
+fn scheduler_binary() -> PathBuf {
+    static BUILT: OnceLock<()> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let built = Command::new(env!("CARGO"))
+            // The whole workspace: with one package alone cargo would choose other features of foreign crates.
+            .args(["build", "--quiet", "--workspace", "--bins", "--locked"])
+            .current_dir(repository::root())
+            .status();
+        assert!(built.unwrap().success(), "build the scheduler");
+    });
+    let test = std::env::current_exe().unwrap();
+    test.parent().and_then(|deps| deps.parent()).unwrap().join("howdah-scheduler")
+}
