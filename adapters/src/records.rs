@@ -8,6 +8,8 @@ use kube::{CustomResource, CustomResourceExt as _, KubeSchema};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::protected_sets::ProtectedSets;
+
 /// What is to be backed up. It cannot be changed once the object exists.
 #[derive(Clone, Debug, CustomResource, Deserialize, Serialize, KubeSchema, PartialEq, Eq)]
 #[kube(
@@ -57,13 +59,21 @@ pub struct PostgresBackupSpec {
 /// # Errors
 /// If a definition cannot be written as YAML.
 pub fn crd_yaml() -> anyhow::Result<Vec<(&'static str, String)>> {
-    let mut definition =
-        serde_json::to_value(PostgresBackup::crd()).context("write the PostgresBackup definition as JSON")?;
-    drop_unsigned_formats(&mut definition);
-    let yaml =
-        serde_yaml_ng::to_string(&definition).context("write the PostgresBackup definition as YAML")?;
-    let head = "# Generated from adapters/src/records.rs by `make generate`; do not edit.\n";
-    Ok(vec![("postgresbackups.yaml", format!("{head}{yaml}"))])
+    [
+        ("postgresbackups.yaml", "records", PostgresBackup::crd()),
+        ("protectedsets.yaml", "protected_sets", ProtectedSets::crd()),
+    ]
+    .into_iter()
+    .map(|(file, source, definition)| {
+        let mut definition = serde_json::to_value(definition)
+            .with_context(|| format!("write the definition {file} as JSON"))?;
+        drop_unsigned_formats(&mut definition);
+        let yaml = serde_yaml_ng::to_string(&definition)
+            .with_context(|| format!("write the definition {file} as YAML"))?;
+        let head = format!("# Generated from adapters/src/{source}.rs by `make generate`; do not edit.\n");
+        Ok((file, format!("{head}{yaml}")))
+    })
+    .collect()
 }
 
 /// Removes the formats of unsigned numbers, which the API server does not know and warns of at each `kubectl apply`;

@@ -23,8 +23,9 @@ pub fn install_definitions(lab: &Lab) {
         let stderr = String::from_utf8_lossy(&applied.stderr);
         assert!(applied.status.success(), "{name}: {stderr}");
         assert!(!stderr.contains("Warning"), "{name}: {stderr}");
-        let wait = ["wait", "--for=condition=Established", "--timeout=30s", "crd/postgresbackups.howdah.dev"];
-        lab.kubectl_ok(&wait).unwrap();
+    }
+    for definition in ["crd/postgresbackups.howdah.dev", "crd/protectedsets.howdah.dev"] {
+        lab.kubectl_ok(&["wait", "--for=condition=Established", "--timeout=30s", definition]).unwrap();
     }
 }
 
