@@ -9,6 +9,8 @@ use kube::{CustomResource, CustomResourceExt as _, KubeSchema};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::protected_sets::ProtectedSets;
+
 /// What is to be backed up. It cannot be changed once the object exists.
 #[derive(Clone, Debug, CustomResource, Deserialize, Serialize, KubeSchema, PartialEq, Eq)]
 #[kube(
@@ -105,18 +107,22 @@ pub struct PostgresRestoreSpec {
 /// # Errors
 /// If a definition cannot be written as YAML.
 pub fn crd_yaml() -> anyhow::Result<Vec<(&'static str, String)>> {
-    [("postgresbackups.yaml", PostgresBackup::crd()), ("postgresrestores.yaml", PostgresRestore::crd())]
-        .into_iter()
-        .map(|(file, definition)| {
-            let mut definition = serde_json::to_value(definition)
-                .with_context(|| format!("write the definition of {file} as JSON"))?;
-            drop_unsigned_formats(&mut definition);
-            let yaml = serde_yaml_ng::to_string(&definition)
-                .with_context(|| format!("write the definition of {file} as YAML"))?;
-            let head = "# Generated from adapters/src/records.rs by `make generate`; do not edit.\n";
-            Ok((file, format!("{head}{yaml}")))
-        })
-        .collect()
+    [
+        ("postgresbackups.yaml", "records", PostgresBackup::crd()),
+        ("postgresrestores.yaml", "records", PostgresRestore::crd()),
+        ("protectedsets.yaml", "protected_sets", ProtectedSets::crd()),
+    ]
+    .into_iter()
+    .map(|(file, source, definition)| {
+        let mut definition = serde_json::to_value(definition)
+            .with_context(|| format!("write the definition {file} as JSON"))?;
+        drop_unsigned_formats(&mut definition);
+        let yaml = serde_yaml_ng::to_string(&definition)
+            .with_context(|| format!("write the definition {file} as YAML"))?;
+        let head = format!("# Generated from adapters/src/{source}.rs by `make generate`; do not edit.\n");
+        Ok((file, format!("{head}{yaml}")))
+    })
+    .collect()
 }
 
 /// Removes the formats of unsigned numbers, which the API server does not know and warns of at each `kubectl apply`;

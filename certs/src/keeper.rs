@@ -288,7 +288,7 @@ impl Keeper {
 }
 
 /// One item for every change to the object of this name. Watches that fail are opened again, slower each time.
-fn watch<K>(api: Api<K>, name: &str) -> BoxStream<'static, ()>
+pub(crate) fn watch<K>(api: Api<K>, name: &str) -> BoxStream<'static, ()>
 where
     K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
 {

@@ -208,7 +208,8 @@ impl std::error::Error for AnnotationError {}
 pub fn parse(annotations: &BTreeMap<String, String>) -> Result<Settings, Vec<AnnotationError>> {
     let mut settings = Settings::default();
     let mut errors = Vec::new();
-    for (key, value) in annotations.iter().filter(|(key, _)| key.starts_with(names::ANNOTATION_PREFIX)) {
+    let ours = |key: &str| key.starts_with(names::ANNOTATION_PREFIX) && key != names::WEBHOOK_ANSWERS;
+    for (key, value) in annotations.iter().filter(|(key, _)| ours(key)) {
         if let Err((problem, fix)) = apply(&mut settings, key, value) {
             let value = value.chars().take(VALUE_MAX).collect();
             errors.push(AnnotationError { annotation: key.clone(), value, problem, fix });

@@ -56,6 +56,18 @@ pub const STATEFUL_SET_ANNOTATIONS: [&str; 10] =
 /// Annotation on a claim: whose value is the uid of the claim, that one may be deleted.
 pub const ALLOW_DELETE: &str = "howdah.dev/allow-delete";
 
+/// Annotation that the webhook sets on a StatefulSet which it is going to refuse, and which is therefore never stored with
+/// it: the policies of the API server, which are asked in between, leave the explanation to the webhook.
+pub const WEBHOOK_ANSWERS: &str = "howdah.dev/webhook-answers";
+/// Name of the `ProtectedSets` of every namespace that has one.
+pub const PROTECTED_SETS: &str = "howdah";
+/// Annotation on a webhook configuration: the names of its webhooks that are to fail closed, separated by commas. It is
+/// the one place that says so; the manifests ship every webhook with `failurePolicy: Ignore`.
+pub const FAIL_CLOSED: &str = "howdah.dev/fail-closed";
+/// Namespaces that howdah has no say in: what the cluster, the storage and howdah itself stand on.
+pub const EXCLUDED_NAMESPACES: [&str; 5] =
+    ["kube-system", "kube-public", "kube-node-lease", "rook-ceph", NAMESPACE];
+
 /// Annotation on a `PostgresBackup`: never prune it, whatever its value (it may say why).
 pub const HOLD: &str = "howdah.dev/hold";
 /// Annotation on a `PostgresRestore` that is stuck: a request to go on, [`RESUME_RETRY`] or [`RESUME_UNDO`], followed by

@@ -17,6 +17,7 @@ pub mod disruption_budget;
 pub mod eviction;
 pub mod exclusive_lock;
 pub mod exemptions;
+pub mod floor;
 pub mod force_delete;
 pub mod grace_period;
 pub mod holding;
@@ -48,6 +49,7 @@ use crate::names;
 
 pub use answer::{WARNING_CHARS_MAX, WARNINGS_MAX};
 pub use claims::{Claim, Needed, StorageClass, Volume, needed};
+pub use floor::Floor;
 pub use holding::HoldingBackup;
 pub use reference::reference;
 pub use users::User;
@@ -91,6 +93,8 @@ pub struct Rule {
     pub check: Check,
     /// What it fills in on creation, so that most users never meet the rule.
     pub filling: Option<Filling>,
+    /// What of it the API server holds while no webhook serves.
+    pub floor: Floor,
 }
 
 /// What a rule looks at. Both functions list every violation.
@@ -494,6 +498,11 @@ pub fn mutate(request: &Request<'_>, facts: &ClusterFacts, now: Timestamp) -> Ve
         (Operation::Update, Some(old)) => defaults::on_update(&mut edited, old),
         _ => {}
     }
+    // A mark for the API server alone: who only looks at an object is to see its defaults.
+    let judged = validate(&Request { object: Some(&edited), ..*request }, facts, now);
+    if request.user.is_some() && floor::is_refused(&judged) {
+        floor::mark(&mut edited);
+    }
     let patch = json_patch::diff(object, &edited);
     verdict.patch = (!patch.0.is_empty()).then_some(patch);
     verdict
@@ -812,6 +821,44 @@ mod tests {
             json!([{"name": name, "livenessProbe": {"terminationGracePeriodSeconds": 1}}]);
         let verdict = review(None, &object);
         assert_eq!(verdict.warnings[0].chars().count(), WARNING_CHARS_MAX);
+    }
+
+    #[test]
+    fn what_the_floor_would_refuse_is_marked_so_that_the_webhook_explains_it() {
+        let mutated = |object: &Value| {
+            let request = Request {
+                operation: Operation::Create,
+                target: Target::StatefulSet,
+                namespace: "shop",
+                name: "orders",
+                object: Some(object),
+                old_object: None,
+                user: Some(&somebody()),
+                grace_s: None,
+            };
+            let mut mutated = object.clone();
+            if let Some(patch) = mutate(&request, &ClusterFacts::default(), now()).patch {
+                json_patch::patch(&mut mutated, &patch).unwrap();
+            }
+            mutated
+        };
+        let marked = |object: &Value| {
+            let mutated = mutated(object);
+            let mark = json::string(&mutated, &["metadata", "annotations", names::WEBHOOK_ANSWERS]);
+            assert_eq!(mark.is_some(), floor::is_refused(&review(None, &mutated)));
+            assert!(mark.is_none() || !review(None, &mutated).allowed, "a marked object is never stored");
+            mark.is_some()
+        };
+        assert!(marked(&set(2, 300, &[])));
+        assert!(marked(&set(1, 0, &[])));
+        assert!(marked(&set(1, 300, &[("howdah.dev/mode", "strict")])));
+        assert!(!marked(&set(1, 300, &[])));
+        assert!(!marked(&set(1, 10, &[])), "the minimum is the webhook's, the floor does not know it");
+        assert!(!marked(&set(2, 300, &[("howdah.dev/mode", "warn")])));
+        assert!(
+            !marked(&set(1, 300, &[("howdah.dev/schedule", "every day")])),
+            "the floor reads no schedule"
+        );
     }
 
     #[test]

@@ -10,7 +10,7 @@ use axum_server::tls_rustls::RustlsConfig;
 use clap::Parser;
 use howdah_adapters::telemetry::{Diagnostics, LogFormat, Readiness};
 use howdah_adapters::{kubernetes, shutdown, telemetry};
-use howdah_certs::{ClientAuthority, Keeper, Lifetimes};
+use howdah_certs::{ClientAuthority, FailClosed, FailOpen, Keeper, Lifetimes};
 use howdah_core::names;
 use howdah_core::policy::Config;
 use tokio_util::sync::CancellationToken;
@@ -19,6 +19,7 @@ use tracing::info;
 use crate::connections::{self, Limits};
 use crate::facts::Cluster;
 use crate::http::{self, App};
+use crate::lists::Lists;
 use crate::metrics::Metrics;
 
 /// What tasks may take after the server has drained; they only have to notice.
@@ -127,6 +128,14 @@ impl Args {
         ]);
         let config =
             Config { storage_class, minimum_grace_s: minimum_grace_seconds, namespace: namespace.clone() };
+        let fail_open = FailOpen::register(&mut registry);
+        let fail_closed = FailClosed::new(
+            client.clone(),
+            namespace.clone(),
+            configuration.clone(),
+            readiness.clone(),
+            fail_open,
+        );
         let settings = howdah_certs::Settings {
             namespace,
             secret: ca_secret,
@@ -140,7 +149,8 @@ impl Args {
         };
         let certificates = howdah_certs::Metrics::register(&mut registry);
         let keeper = Keeper::new(client.clone(), settings, certificates, readiness.gate("certificates"));
-        let (cluster, caches) = Cluster::new(client, config, readiness.gate("caches"));
+        let (cluster, caches) = Cluster::new(client.clone(), config, readiness.gate("caches"));
+        let lists = Lists::new(client, cluster.protected());
         let app = App::new(cluster, Metrics::register(&mut registry));
 
         let serving = readiness.gate("serving");
@@ -164,6 +174,8 @@ impl Args {
         let mut tasks = shutdown::Tasks::new(signal.clone());
         tasks.spawn("caches", caches.run(signal.clone()));
         tasks.spawn("certificates", keeper.run(signal.clone()));
+        tasks.spawn("fail-closed", fail_closed.run(signal.clone()));
+        tasks.spawn("protected-sets", lists.run(signal.clone()));
         tasks.spawn("diagnostics", diagnostics.serve(drained.clone()));
         if let Some(clients) = clients {
             tasks.spawn(

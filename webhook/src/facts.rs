@@ -30,6 +30,7 @@ use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, ResourceExt as _};
 use serde::Serialize;
 use serde_json::Value;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
@@ -53,6 +54,7 @@ pub struct Cluster {
     client: Client,
     config: Config,
     protected: Store<StatefulSet>,
+    changed: Arc<Notify>,
     classes: Store<v1::StorageClass>,
     backups: HoldingBackups,
 }
@@ -81,8 +83,14 @@ impl Cluster {
     pub fn new(client: Client, config: Config, synced: Gate) -> (Self, Caches) {
         let (protected, protected_writer) = reflector::store();
         let (classes, classes_writer) = reflector::store();
-        let cluster =
-            Self { client: client.clone(), config, protected, classes, backups: HoldingBackups::default() };
+        let cluster = Self {
+            client: client.clone(),
+            config,
+            protected,
+            changed: Arc::default(),
+            classes,
+            backups: HoldingBackups::default(),
+        };
         let caches = Caches {
             client,
             synced,
@@ -91,6 +99,12 @@ impl Cluster {
             classes: classes_writer,
         };
         (cluster, caches)
+    }
+
+    /// The protected StatefulSets that are cached, and a notice of each change to them, for one listener.
+    #[must_use]
+    pub fn protected(&self) -> (Store<StatefulSet>, Arc<Notify>) {
+        (self.protected.clone(), Arc::clone(&self.changed))
     }
 
     /// What is known without a look-up; enough to fill in defaults.
@@ -273,7 +287,7 @@ impl Caches {
         let backups = watcher(backups, all).default_backoff();
         tokio::select! {
             () = shutdown.cancelled() => Ok(()),
-            ended = drain(sets, |_| ()) => Err(ended.context("watch the protected StatefulSets")),
+            ended = drain(sets, |_| cluster.changed.notify_one()) => Err(ended.context("watch the protected StatefulSets")),
             ended = drain(list, |_| ()) => Err(ended.context("watch the StorageClasses")),
             ended = drain(backups, keep_holding(cluster.backups.clone())) => Err(ended.context("watch the PostgresBackups")),
             () = async {
@@ -339,7 +353,7 @@ fn keep_holding(backups: HoldingBackups) -> impl FnMut(&watcher::Event<DynamicOb
 }
 
 /// Reads a watch and hands on what it tells; failures are logged once per outage, and the watch opens again by itself.
-async fn drain<K>(
+pub(crate) async fn drain<K>(
     stream: impl futures::Stream<Item = watcher::Result<watcher::Event<K>>>,
     mut told: impl FnMut(&watcher::Event<K>),
 ) -> anyhow::Error {
@@ -358,7 +372,7 @@ async fn drain<K>(
 }
 
 /// The object as the API server writes it.
-fn raw(object: &impl Serialize) -> Value {
+pub(crate) fn raw(object: &impl Serialize) -> Value {
     // Writing a Kubernetes type as JSON cannot fail: all of its keys are strings.
     serde_json::to_value(object).unwrap_or_default()
 }

@@ -78,7 +78,26 @@ pub fn router(app: App) -> Router {
     Router::new()
         .route("/mutate", route(Phase::Mutate))
         .route("/validate", route(Phase::Validate))
+        .route(
+            "/probe",
+            post(async |State(app): State<App>, request: Request| probe(app, request.into_body()).await),
+        )
         .with_state(app)
+}
+
+/// Proves to a replica that asks through the API server that it reaches the webhook; see `howdah_certs::fail_closed`.
+async fn probe(app: App, body: Body) -> Response {
+    let refuse = |status: StatusCode, problem: &str| {
+        (status, format!("howdah cannot read this probe: {problem}\n")).into_response()
+    };
+    match tokio::time::timeout(REVIEW_TIMEOUT, app.intake.take(body)).await {
+        Ok(Ok(taken)) => match review::probed(&taken.bytes) {
+            Some(answer) => json(&answer),
+            None => refuse(StatusCode::BAD_REQUEST, "it is no review"),
+        },
+        Ok(Err(refused)) => refuse(refused.status, &refused.problem),
+        Err(_) => refuse(StatusCode::SERVICE_UNAVAILABLE, "it did not come in time"),
+    }
 }
 
 /// One answer for one body, whatever it is and however slowly it comes.
@@ -294,6 +313,16 @@ mod tests {
         let before = metrics(&registry);
         let denied = judged(&app, "/validate", review(|request| request["dryRun"] = json!(true))).await;
         assert_eq!(denied["allowed"], false);
+        assert_eq!(metrics(&registry), before);
+    }
+
+    #[tokio::test]
+    async fn a_probe_is_denied_by_its_answer_and_not_counted() {
+        let (app, registry) = app();
+        let before = metrics(&registry);
+        let answer = judged(&app, "/probe", review(|_| ())).await;
+        assert_eq!((&answer["uid"], &answer["allowed"]), (&json!("42"), &json!(false)));
+        assert_eq!(post(&app, "/probe", "{}").await.0, StatusCode::BAD_REQUEST);
         assert_eq!(metrics(&registry), before);
     }
 

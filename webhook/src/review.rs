@@ -3,6 +3,7 @@
 //! Objects stay raw JSON: a typed round trip would drop the fields that this build does not know.
 
 use base64::Engine as _;
+use howdah_certs::fail_closed::PROBE_ANSWER;
 use howdah_core::policy::{Operation, Request, Target, User, Verdict};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -246,6 +247,19 @@ pub fn not_now(review: &Review, problem: &str) -> Value {
     envelope(json!({"uid": review.uid, "allowed": false, "status": status}))
 }
 
+/// The answer to the question whether the API server reaches the webhook: a denial, because an allowed request proves
+/// nothing. `None` when the body is no review.
+#[must_use]
+pub fn probed(body: &[u8]) -> Option<Value> {
+    let review: Value = serde_json::from_slice(body).ok()?;
+    let uid = review["request"]["uid"].as_str().filter(|uid| !uid.is_empty())?;
+    let message = format!(
+        "{PROBE_ANSWER}: this object is a question whether the webhook is reached, and is never stored"
+    );
+    let status = status(403, "Forbidden", &message);
+    Some(envelope(json!({"uid": uid, "allowed": false, "status": status})))
+}
+
 /// The answer to something that is no review, where at least its uid is known.
 #[must_use]
 pub fn refusal(uid: &str, problem: &str) -> Value {
@@ -396,6 +410,20 @@ mod tests {
         let text = base64::engine::general_purpose::STANDARD.decode(text).unwrap();
         assert_eq!(text, br#"[{"op":"add","path":"/a","value":1}]"#);
         assert!(answer["response"].get("status").is_none() && answer["response"].get("warnings").is_none());
+    }
+
+    #[test]
+    fn a_probe_is_answered_with_a_denial() {
+        let answer = probed(&body(|_| ())).unwrap();
+        assert_eq!(answer["response"]["uid"], "42");
+        assert_eq!(
+            (&answer["response"]["allowed"], &answer["response"]["status"]["code"]),
+            (&json!(false), &json!(403))
+        );
+        assert!(answer["response"]["status"]["message"].as_str().unwrap().starts_with(PROBE_ANSWER));
+        for nonsense in [&b""[..], b"{}", b"[]"] {
+            assert_eq!(probed(nonsense), None);
+        }
     }
 
     fn merge(into: &mut Value, change: &Value) {

@@ -8,6 +8,7 @@
 //!
 //! **Fix.** Correct the value, or remove the annotation.
 
+use super::floor::{Floor, Twin};
 use super::{Check, Finding, Refusal, Rule, Subject, Target};
 use crate::annotations::nearest;
 use crate::names;
@@ -22,7 +23,26 @@ pub const RULE: Rule = Rule {
     refusal: Refusal::Invalid,
     check: Check::State(check),
     filling: None,
+    floor: FLOOR,
 };
+
+const FLOOR: Floor = Floor {
+    twins: &[Twin { target: Target::StatefulSet, findings: CEL }],
+    makes: |finding| WORDS.iter().any(|key| finding.field == field(key)),
+    leaves: Some("schedules, zones, retention, names and exemptions, whose grammar CEL does not know"),
+};
+
+/// Those whose value is one of a few words.
+const WORDS: [&str; 4] = [names::MODE, names::CONSISTENCY, names::SUSPEND, names::FAILOVER];
+
+const CEL: &str = r#"[
+    ["howdah.dev/mode", "enforce|warn|audit"],
+    ["howdah.dev/consistency", "online|crash|offline"],
+    ["howdah.dev/suspend", "true|false"],
+    ["howdah.dev/failover", "auto|manual|off"],
+  ].filter(one, it.metadata.?annotations[?one[0]].hasValue() &&
+    !it.metadata.annotations[one[0]].trim().matches("^(" + one[1] + ")$"))
+  .map(one, "metadata.annotations[" + one[0] + "] is \"" + it.metadata.annotations[one[0]] + "\", wanted " + one[1])"#;
 
 fn check(subject: &Subject<'_>) -> Vec<Finding> {
     if !super::is_protected(subject.object) {

@@ -13,7 +13,9 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use super::{Check, ClusterFacts, Filling, Finding, Refusal, Rule, Subject, Target, json as raw, selector};
+use super::{
+    Check, ClusterFacts, Filling, Finding, Floor, Refusal, Rule, Subject, Target, json as raw, selector,
+};
 use crate::names;
 
 /// The rule.
@@ -30,6 +32,7 @@ pub const RULE: Rule = Rule {
         says: "a preferred term of weight 100 against all other protected pods, per host, where no term does that",
         fill,
     }),
+    floor: Floor::silent("the webhook fills it in, so that its absence means nothing while there is none"),
 };
 
 const FIELD: &str = "spec.template.spec.affinity.podAntiAffinity";

@@ -8,7 +8,7 @@
 //!
 //! **Fix.** Delete the autoscaler; to give the database more, raise its resources.
 
-use super::{Check, Finding, Refusal, Rule, Subject, Target, json};
+use super::{Check, Finding, Floor, Refusal, Rule, Subject, Target, json};
 
 /// The rule.
 pub const RULE: Rule = Rule {
@@ -20,6 +20,7 @@ pub const RULE: Rule = Rule {
     refusal: Refusal::Policy,
     check: Check::State(check),
     filling: None,
+    floor: Floor::silent("what it would do is refused as a scale, and the autoscaler names its StatefulSet only"),
 };
 
 fn check(subject: &Subject<'_>) -> Vec<Finding> {

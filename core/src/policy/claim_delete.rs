@@ -11,7 +11,7 @@
 //! **Fix.** Annotate the claim with `howdah.dev/allow-delete` and its own uid, then delete it. The uid makes it a token for
 //! this claim alone: a copied manifest does not carry it.
 
-use super::{Check, Finding, Operation, Refusal, Rule, Subject, Target, User, json};
+use super::{Check, Finding, Floor, Operation, Refusal, Rule, Subject, Target, User, json};
 use crate::names;
 
 /// The rule.
@@ -24,6 +24,7 @@ pub const RULE: Rule = Rule {
     refusal: Refusal::Policy,
     check: Check::Step(check),
     filling: None,
+    floor: Floor::silent("a claim does not say which StatefulSet it is of; the webhook fails closed for claims that carry the label"),
 };
 
 fn check(subject: &Subject<'_>) -> Vec<Finding> {

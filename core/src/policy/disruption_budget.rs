@@ -10,7 +10,7 @@
 
 use serde_json::Value;
 
-use super::{Check, Finding, Refusal, Rule, Subject, Target, json};
+use super::{Check, Finding, Floor, Refusal, Rule, Subject, Target, json};
 
 /// The rule.
 pub const RULE: Rule = Rule {
@@ -22,6 +22,7 @@ pub const RULE: Rule = Rule {
     refusal: Refusal::Advice,
     check: Check::State(check),
     filling: None,
+    floor: Floor::silent("it only warns"),
 };
 
 fn check(subject: &Subject<'_>) -> Vec<Finding> {

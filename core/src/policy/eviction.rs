@@ -9,7 +9,7 @@
 //!
 //! **Fix.** Wait: the drain goes on by itself. Evict without `gracePeriodSeconds: 0`.
 
-use super::{Check, Finding, Refusal, Rule, Subject, Target, force_delete, json};
+use super::{Check, Finding, Floor, Refusal, Rule, Subject, Target, force_delete, json};
 use crate::names;
 
 /// The rule.
@@ -22,6 +22,7 @@ pub const RULE: Rule = Rule {
     refusal: Refusal::Policy,
     check: Check::Step(check),
     filling: None,
+    floor: Floor::silent("an eviction names its pod and says nothing else, and backups have to be looked up"),
 };
 
 /// When a held database is worth another try, in seconds: a snapshot takes about one, and a drain asks every five anyway.

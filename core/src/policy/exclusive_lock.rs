@@ -12,7 +12,7 @@
 //! `mapOptions: "krbd:noshare"`.
 
 use super::claims::{Backing, database_claims, resolve};
-use super::{Check, Finding, Refusal, Rule, Subject, Target};
+use super::{Check, Finding, Floor, Refusal, Rule, Subject, Target};
 use crate::annotations::Failover;
 use crate::volume::{has_map_option, is_rbd_driver};
 
@@ -26,6 +26,7 @@ pub const RULE: Rule = Rule {
     refusal: Refusal::Policy,
     check: Check::State(check),
     filling: None,
+    floor: Floor::silent("the class has to be looked up"),
 };
 
 const LOCK: &str = "exclusive-lock";

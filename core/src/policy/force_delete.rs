@@ -14,6 +14,7 @@
 
 use serde_json::Value;
 
+use super::floor::{Floor, Twin};
 use super::{Check, Finding, Operation, Refusal, Rule, Subject, Target, User, json};
 use crate::policy::grace_period::KUBERNETES_DEFAULT_GRACE_S;
 
@@ -28,7 +29,22 @@ pub const RULE: Rule = Rule {
     refusal: Refusal::Policy,
     check: Check::Step(check),
     filling: None,
+    floor: FLOOR,
 };
+
+/// Who asks and whether the namespace ends stands in the conditions of the policy.
+const FLOOR: Floor = Floor {
+    twins: &[Twin { target: Target::Pod, findings: CEL }],
+    makes: |_| true,
+    leaves: Some("pods that belong to no StatefulSet any more"),
+};
+
+const CEL: &str = r#"it.spec.?nodeName.orValue("") != "" && !(it.?status.?phase.orValue("") in ["Succeeded", "Failed"]) &&
+  (request.options != null && has(request.options.gracePeriodSeconds)
+    ? request.options.gracePeriodSeconds
+    : it.spec.?terminationGracePeriodSeconds.orValue(30)) == 0
+  ? ["gracePeriodSeconds is 0, for a pod that may still run on node " + it.spec.nodeName + ", wanted 1 or more"]
+  : []"#;
 
 fn check(subject: &Subject<'_>) -> Vec<Finding> {
     let (request, facts) = (subject.request, subject.facts);

@@ -11,6 +11,7 @@
 
 use serde_json::{Value, json};
 
+use super::floor::{Floor, Twin};
 use super::{Check, ClusterFacts, Filling, Finding, Refusal, Rule, Subject, Target, json as raw};
 
 /// The shortest grace period that passes unless the operator configures another; Kubernetes' own default.
@@ -39,7 +40,21 @@ pub const RULE: Rule = Rule {
                told from that: choose 31, or exempt the rule",
         fill,
     }),
+    floor: FLOOR,
 };
+
+/// Below any minimum that can be configured: the API server then forgets the pod at once.
+const FLOOR: Floor = Floor {
+    twins: &[Twin { target: Target::StatefulSet, findings: CEL }],
+    makes: |finding| {
+        finding.field == format!("{POD}.{GRACE}") && finding.found.parse::<i64>().is_ok_and(|grace| grace < 1)
+    },
+    leaves: Some("periods of 1 s and more, because the minimum is configured there; probes and preStop"),
+};
+
+const CEL: &str = r#"it.spec.template.spec.?terminationGracePeriodSeconds.orValue(30) < 1
+  ? ["spec.template.spec.terminationGracePeriodSeconds is " + string(it.spec.template.spec.terminationGracePeriodSeconds) + ", wanted at least 30"]
+  : []"#;
 
 const POD: &str = "spec.template.spec";
 const GRACE: &str = "terminationGracePeriodSeconds";

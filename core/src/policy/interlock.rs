@@ -11,6 +11,7 @@
 
 use serde_json::Value;
 
+use super::floor::{Floor, Twin};
 use super::{Check, Finding, Operation, Refusal, Rule, Subject, Target, User, is_protected, json};
 use crate::names;
 
@@ -29,7 +30,30 @@ pub const RULE: Rule = Rule {
     refusal: Refusal::Held,
     check: Check::Step(check),
     filling: None,
+    floor: FLOOR,
 };
+
+/// The gate stands on the StatefulSet, so the floor sees it as it is. That it is howdah who asks is taken from the name
+/// of the account in any namespace: the floor does not know where howdah is installed.
+const FLOOR: Floor = Floor {
+    twins: &[Twin { target: Target::StatefulSet, findings: CEL }],
+    makes: |finding| ["spec.replicas", "spec.template"].contains(&finding.field.as_str()),
+    leaves: Some("the gate itself, the label, scales and deletions, which are judged by what has to be looked up"),
+};
+
+const CEL: &str = r#"oldObject == null || it == oldObject || !oldObject.metadata.?annotations[?"howdah.dev/gate"].hasValue() ||
+    request.userInfo.username.matches("^system:serviceaccount:[^:]+:howdah-(scheduler|failover)$") ||
+    request.userInfo.username.matches("^system:(kube-controller-manager|kube-scheduler|serviceaccount:kube-system:.*)$")
+  ? []
+  : (it.spec.?replicas.orValue(1) > oldObject.spec.?replicas.orValue(1)
+      ? ["spec.replicas is " + string(it.spec.?replicas.orValue(1)) + " while " +
+        oldObject.metadata.annotations["howdah.dev/gate"] + " holds the database, wanted " +
+        string(oldObject.spec.?replicas.orValue(1))]
+      : []) +
+    (it.spec.template != oldObject.spec.template
+      ? ["spec.template is changed while " + oldObject.metadata.annotations["howdah.dev/gate"] +
+        " holds the database, wanted unchanged"]
+      : [])"#;
 
 fn check(subject: &Subject<'_>) -> Vec<Finding> {
     let (request, facts) = (subject.request, subject.facts);

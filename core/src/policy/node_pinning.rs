@@ -11,6 +11,7 @@
 use serde_json::Value;
 
 use super::claims::{data_claims, resolve};
+use super::floor::{Floor, Twin};
 use super::{Check, Finding, Refusal, Rule, Subject, Target, json};
 
 /// The rule.
@@ -28,6 +29,7 @@ pub const RULE: Rule = Rule {
     refusal: Refusal::Policy,
     check: Check::State(check),
     filling: None,
+    floor: FLOOR,
 };
 
 const POD: [&str; 3] = ["spec", "template", "spec"];
@@ -36,6 +38,20 @@ const REQUIRED: &str = "requiredDuringSchedulingIgnoredDuringExecution";
 const HOSTNAME: &str = "kubernetes.io/hostname";
 const NODE_NAME: &str = "metadata.name";
 const WANTED: &str = "at least two nodes to choose from";
+
+const FLOOR: Floor = Floor {
+    twins: &[Twin { target: Target::StatefulSet, findings: CEL }],
+    makes: |finding| finding.field.ends_with(".nodeName") || finding.field.contains(".nodeSelector["),
+    leaves: Some("node affinity, and volumes, which have to be looked up"),
+};
+
+const CEL: &str = r#"(it.spec.template.spec.?nodeName.orValue("") != ""
+    ? ["spec.template.spec.nodeName is " + it.spec.template.spec.nodeName + ", wanted absent"]
+    : []) +
+  (it.spec.template.spec.?nodeSelector[?"kubernetes.io/hostname"].hasValue()
+    ? ["spec.template.spec.nodeSelector[kubernetes.io/hostname] is " +
+      it.spec.template.spec.nodeSelector["kubernetes.io/hostname"] + ", wanted at least two nodes to choose from"]
+    : [])"#;
 
 fn check(subject: &Subject<'_>) -> Vec<Finding> {
     let Some(pod) = json::at(subject.object, &POD) else { return Vec::new() };

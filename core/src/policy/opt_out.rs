@@ -9,7 +9,7 @@
 //!
 //! **Fix.** Take the label off first, and make the other change afterwards.
 
-use super::{Check, Finding, Operation, RULES, Refusal, Rule, Subject, Target, Weight, is_protected};
+use super::{Check, Finding, Floor, Operation, RULES, Refusal, Rule, Subject, Target, Weight, is_protected};
 use crate::names;
 
 /// The rule.
@@ -22,6 +22,7 @@ pub const RULE: Rule = Rule {
     refusal: Refusal::Policy,
     check: Check::Step(check),
     filling: None,
+    floor: Floor::silent("every other rule has to be judged again, and backups have to be looked up"),
 };
 
 fn check(subject: &Subject<'_>) -> Vec<Finding> {

@@ -11,6 +11,7 @@
 use serde_json::{Value, json};
 
 use super::claims::{data_claims, resolve};
+use super::floor::{Floor, Twin};
 use super::{Check, ClusterFacts, Filling, Finding, Refusal, Rule, Subject, Target, Weight, json as raw};
 
 /// The rule.
@@ -26,7 +27,18 @@ pub const RULE: Rule = Rule {
     refusal: Refusal::Policy,
     check: Check::State(check),
     filling: Some(Filling { says: "Retain for both, where absent", fill }),
+    floor: FLOOR,
 };
+
+const FLOOR: Floor = Floor {
+    twins: &[Twin { target: Target::StatefulSet, findings: CEL }],
+    makes: |finding| finding.field.ends_with(".whenScaled"),
+    leaves: Some("whenDeleted, because the reclaim policy of the class has to be looked up"),
+};
+
+const CEL: &str = r#"it.spec.?persistentVolumeClaimRetentionPolicy.?whenScaled.orValue("Retain") == "Delete"
+  ? ["spec.persistentVolumeClaimRetentionPolicy.whenScaled is Delete, wanted Retain"]
+  : []"#;
 
 const POLICY: [&str; 2] = ["spec", "persistentVolumeClaimRetentionPolicy"];
 

@@ -8,6 +8,7 @@
 //!
 //! **Fix.** Set replicas to 1 (or 0 to stop the database).
 
+use super::floor::{Floor, Twin};
 use super::{Check, Finding, Refusal, Rule, Subject, Target, json};
 
 /// The rule.
@@ -20,7 +21,21 @@ pub const RULE: Rule = Rule {
     refusal: Refusal::Policy,
     check: Check::State(check),
     filling: None,
+    floor: FLOOR,
 };
+
+const FLOOR: Floor = Floor {
+    twins: &[
+        Twin { target: Target::StatefulSet, findings: CEL },
+        Twin { target: Target::Scale, findings: CEL },
+    ],
+    makes: |_| true,
+    leaves: None,
+};
+
+const CEL: &str = r#"it.spec.?replicas.orValue(1) > 1
+  ? ["spec.replicas is " + string(it.spec.replicas) + ", wanted 1 or 0"]
+  : []"#;
 
 fn check(subject: &Subject<'_>) -> Vec<Finding> {
     // Absent is 1 in a StatefulSet and 0 in a Scale; both pass.

@@ -12,7 +12,7 @@
 use serde_json::{Value, json};
 
 use super::claims::{class_named_by, database_claims, resolve};
-use super::{Check, ClusterFacts, Filling, Finding, Refusal, Rule, Subject, Target, json as raw};
+use super::{Check, ClusterFacts, Filling, Finding, Floor, Refusal, Rule, Subject, Target, json as raw};
 use crate::volume::is_rbd_driver;
 
 /// The rule.
@@ -31,6 +31,7 @@ pub const RULE: Rule = Rule {
         says: "the class that howdah is configured with, in claim templates that name none",
         fill,
     }),
+    floor: Floor::silent("the class has to be looked up"),
 };
 
 const WANTED: &str = "a class of Ceph RBD (provisioner rbd.csi.ceph.com or *.rbd.csi.ceph.com)";

@@ -31,6 +31,12 @@ const CONTROLLERS_PREFIX: &str = "system:serviceaccount:kube-system:";
 /// Howdah's own programs that run operations.
 const OPERATORS: [&str; 2] = ["howdah-scheduler", "howdah-failover"];
 
+/// The names of everybody for whom [`User::is_control_plane`] holds.
+pub(super) fn cleaners() -> impl Iterator<Item = String> {
+    let controllers = CONTROLLERS.iter().map(|name| format!("{CONTROLLERS_PREFIX}{name}"));
+    CONTROL_PLANE.iter().map(|name| (*name).to_owned()).chain(controllers)
+}
+
 impl User {
     /// Whether it is the kubelet of `node`.
     #[must_use]

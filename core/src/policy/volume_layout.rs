@@ -12,7 +12,7 @@
 
 use super::claims::{DataClaim, Pool, database_claims, resolve};
 use super::layout::{Ground, Place, places};
-use super::{Check, Finding, Refusal, Rule, Subject, Target, Weight};
+use super::{Check, Finding, Floor, Refusal, Rule, Subject, Target, Weight};
 use crate::preflight::DEFAULT_DATA_DIRECTORY;
 
 /// The rule.
@@ -31,6 +31,7 @@ pub const RULE: Rule = Rule {
     refusal: Refusal::Policy,
     check: Check::State(check),
     filling: None,
+    floor: Floor::silent("where a database lies takes more than CEL to read, and its classes have to be looked up"),
 };
 
 /// The access mode by which several nodes may mount and write.

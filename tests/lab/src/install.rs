@@ -16,7 +16,7 @@ pub const NAMESPACE: &str = "howdah-system";
 pub const OVERLAY: &str = "deploy/overlays/lab";
 /// Both deployments, ready: a pod starts in some 10 s on an emulated node, and both nodes may be busy.
 const READY_LIMIT: Duration = Duration::from_secs(240);
-/// The caBundle follows the first webhook pod's start.
+/// The first webhook pod that is ready writes the caBundle, asks itself through the API server, and closes.
 const CA_LIMIT: Duration = Duration::from_secs(60);
 /// Each look is a kubectl of its own, and costs a busy machine.
 const POLL: Duration = Duration::from_secs(1);
@@ -38,8 +38,8 @@ fn wait_ready(lab: &Lab) -> Result<()> {
         let ready = holds_within(READY_LIMIT, || is_rolled_out(lab, deployment));
         ensure!(ready, "wait for deployment {deployment}: not ready after {} s", READY_LIMIT.as_secs());
     }
-    let trusted = holds_within(CA_LIMIT, || all_trusted(lab));
-    ensure!(trusted, "wait for the caBundle of howdah's webhooks: not set after {} s", CA_LIMIT.as_secs());
+    let closed = holds_within(CA_LIMIT, || all_reached(lab));
+    ensure!(closed, "wait for howdah's webhooks to fail closed: they do not after {} s", CA_LIMIT.as_secs());
     Ok(())
 }
 
@@ -68,17 +68,19 @@ fn is_rolled_out(lab: &Lab, deployment: &str) -> Result<bool> {
     Ok(observed && counts.iter().all(|count| status[count] == *wanted))
 }
 
-/// Whether every webhook of both configurations carries a CA.
-fn all_trusted(lab: &Lab) -> Result<bool> {
+/// Whether every webhook that is meant to fail closed does: the API server has reached howdah then.
+fn all_reached(lab: &Lab) -> Result<bool> {
     for kind in ["mutatingwebhookconfiguration", "validatingwebhookconfiguration"] {
         let text = lab.kubectl_ok(&["get", kind, "howdah", "-o", "json"])?;
         let configuration: Value = serde_json::from_str(&text).context("read a webhook configuration")?;
         let webhooks =
             configuration["webhooks"].as_array().context("find the webhooks in their configuration")?;
-        let trusted = |webhook: &Value| {
-            webhook["clientConfig"]["caBundle"].as_str().is_some_and(|bundle| !bundle.is_empty())
+        let meant = configuration["metadata"]["annotations"]["howdah.dev/fail-closed"].as_str();
+        let meant = meant.context("find which webhooks are meant to fail closed")?;
+        let closed = |name: &str| {
+            webhooks.iter().any(|webhook| webhook["name"] == name && webhook["failurePolicy"] == "Fail")
         };
-        if webhooks.is_empty() || !webhooks.iter().all(trusted) {
+        if !meant.split(',').map(str::trim).all(closed) {
             return Ok(false);
         }
     }

@@ -49,3 +49,16 @@ fn custom_resource_definitions() {
         committed_equals(&format!("deploy/base/crds/{name}"), &yaml);
     }
 }
+
+#[test]
+fn floor() {
+    let mut text = String::from(
+        "# What the API server refuses by itself, while no webhook serves: docs/reference/floor.md.\n\
+         # Generated from the table RULES in core/src/policy.rs by `make generate`; do not edit.\n",
+    );
+    for object in howdah_core::policy::floor::manifests() {
+        text.push_str("---\n");
+        text.push_str(&serde_yaml_ng::to_string(&object).expect("write a policy as YAML"));
+    }
+    committed_equals("deploy/base/floor.yaml", &text);
+}

@@ -101,7 +101,7 @@ pub fn committed_equals(path: &str, wanted: &str) -> Result<()> {
     ensure!(
         found == wanted,
         "{path} is not what the API server says. If the change is meant, write it anew with \
-         `HOWDAH_GENERATE=1 cargo test -p howdah-lab --test api rbac` and read the difference. Wanted:\n{wanted}"
+         `HOWDAH_GENERATE=1 cargo test --workspace --test api` and read the difference. Wanted:\n{wanted}"
     );
     Ok(())
 }

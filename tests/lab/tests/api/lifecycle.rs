@@ -10,7 +10,7 @@ use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 
 use crate::policy::database;
-use crate::scene::{install_records, path_of, place};
+use crate::scene::{path_of, place};
 use crate::webhook::{Answer, Webhook, Who};
 
 /// A node that only exists in the API.
@@ -148,7 +148,6 @@ async fn the_out_of_service_way_passes() {
 #[tokio::test]
 async fn a_drain_waits_for_the_backup_and_then_goes_on() {
     let mut webhook = Webhook::absent().await;
-    install_records(&webhook.lab);
     webhook.install(&[], 1);
     let node = PaperNode::new(&webhook.lab, format!("{}-node", webhook.namespace.name()));
     running(&webhook, "pg", &node.name).await;

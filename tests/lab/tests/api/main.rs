@@ -3,6 +3,8 @@
 mod certs;
 mod cli;
 mod deploy;
+mod fail_closed;
+mod floor;
 mod hostile;
 mod leader;
 mod lifecycle;

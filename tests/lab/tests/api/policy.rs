@@ -8,7 +8,6 @@ use howdah_lab::repository;
 use kube::api::{Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 
-use crate::scene::{self, Scene};
 use crate::webhook::{Answer, Webhook, documents};
 
 /// A sensible protected StatefulSet.
@@ -243,48 +242,23 @@ async fn applying_the_same_again_changes_nothing() {
     assert_eq!(grace(&stored), 30, "the pod template is the user's on a change");
 }
 
-#[tokio::test]
-async fn every_fixture_is_judged_as_its_name_says() {
-    let (mut with_class, mut webhook) = (Webhook::absent().await, Webhook::absent().await);
-    // Before the webhook starts, which watches them.
-    scene::install_records(&webhook.lab);
-    with_class.install(&["--storage-class", "rook-ceph-block"], 1);
-    webhook.install(&[], 1);
-    ensure_classes(&webhook).await;
-    let only = std::env::var("HOWDAH_FIXTURES").unwrap_or_default();
-    let mut count = 0;
-    for rule in folders(&fixtures()) {
-        for path in folders_and_files(&rule) {
-            if !path.display().to_string().contains(&only) {
-                continue;
-            }
-            let scene = Scene::read(&path);
-            println!("{}", path.display());
-            let webhook = if scene.configured_class { &mut with_class } else { &webhook };
-            scene.play(webhook).await;
-            count += 1;
-        }
-    }
-    assert!(count > 150 || !only.is_empty(), "only {count} fixtures were found");
-}
-
-fn fixtures() -> PathBuf {
+pub fn fixtures() -> PathBuf {
     repository::root().join("core/fixtures")
 }
 
-fn folders_and_files(folder: &Path) -> Vec<PathBuf> {
+pub fn folders_and_files(folder: &Path) -> Vec<PathBuf> {
     let mut paths: Vec<PathBuf> =
         std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     paths.sort();
     paths
 }
 
-fn folders(folder: &Path) -> Vec<PathBuf> {
+pub fn folders(folder: &Path) -> Vec<PathBuf> {
     folders_and_files(folder).into_iter().filter(|path| path.is_dir()).collect()
 }
 
 /// Makes the classes that every fixture counts on. They stay: other tests of this lab use them, too.
-async fn ensure_classes(webhook: &Webhook) {
+pub async fn ensure_classes(webhook: &Webhook) {
     for class in documents(&std::fs::read_to_string(fixtures().join("classes.yaml")).unwrap()) {
         let created = webhook.create("storageclasses", &class, false).await;
         assert!([201, 409].contains(&created.status), "{}", created.message());

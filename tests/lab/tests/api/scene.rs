@@ -4,9 +4,8 @@
 
 use std::path::Path;
 use std::sync::Mutex;
+use std::time::Duration;
 
-use howdah_lab::lab::Lab;
-use howdah_lab::repository;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 
@@ -14,6 +13,8 @@ use crate::webhook::{Answer, Webhook, Who, documents};
 
 /// What the API server puts around a message of ours.
 const DENIED: &str = "denied the request: ";
+/// Longer than the list of protected sets takes to follow a change.
+const LISTED: Duration = Duration::from_secs(3);
 /// The part of the control plane that sweeps up after a scene.
 const SWEEPER: &str = "system:serviceaccount:kube-system:namespace-controller";
 
@@ -21,9 +22,18 @@ const SWEEPER: &str = "system:serviceaccount:kube-system:namespace-controller";
 pub struct Scene {
     text: String,
     expected: Value,
-    denied: bool,
+    /// Whether the last step is denied.
+    pub denied: bool,
     /// Whether it wants a storage class configured.
     pub configured_class: bool,
+}
+
+/// What a fixture has made, its last step, and who takes it.
+struct Stage {
+    last: Value,
+    made: Vec<Made>,
+    scheduler: Who,
+    who: Option<Who>,
 }
 
 /// What a scene has made: API path, name and uid.
@@ -32,19 +42,6 @@ struct Made {
     path: String,
     name: String,
     uid: String,
-}
-
-/// Has the API server know the kinds of howdah's records.
-pub fn install_records(lab: &Lab) {
-    let folder = repository::root().join("deploy/base/crds");
-    lab.kubectl_ok(&["apply", "--server-side", "--force-conflicts", "-f", folder.to_str().unwrap()]).unwrap();
-    lab.kubectl_ok(&[
-        "wait",
-        "--for=condition=Established",
-        "--timeout=60s",
-        "crd/postgresbackups.howdah.dev",
-    ])
-    .unwrap();
 }
 
 impl Scene {
@@ -70,22 +67,12 @@ impl Scene {
     /// Everything but the last step is done, by howdah's scheduler, which may close a gate; the last is a dry run, and
     /// what was made is deleted.
     pub async fn play(&self, webhook: &Webhook) {
-        let mut made = Vec::new();
-        let text = self.text.replace("NAMESPACE", webhook.namespace.name());
-        let mut steps = documents(&text);
-        let last = steps.pop().unwrap();
-        let scheduler = Who::new([format!("system:serviceaccount:{}:howdah-scheduler", webhook.system())]);
-        for object in &steps {
-            make(webhook, &scheduler, object, &mut made).await;
-        }
-        let who = self.header("as").map(|words| {
-            Who::new(words.split_whitespace().map(|word| word.replace("HOWDAH", webhook.system())))
-        });
+        let stage = self.prepare(webhook).await;
         // What was just made reaches the caches of the webhook a moment later.
         let problem = Mutex::new(String::new());
         webhook
             .eventually(&self.text, || async {
-                let answer = self.last_step(webhook, who.as_ref(), &last, &made).await;
+                let answer = self.last_step(webhook, &stage).await;
                 let found = self.differs(&answer);
                 if let Some(found) = &found {
                     let mut problem = problem.lock().unwrap();
@@ -97,12 +84,39 @@ impl Scene {
                 found.is_none()
             })
             .await;
-        sweep(webhook, &scheduler, made).await;
+        sweep(webhook, &stage.scheduler, stage.made).await;
     }
 
-    async fn last_step(&self, webhook: &Webhook, who: Option<&Who>, object: &Value, made: &[Made]) -> Answer {
+    /// Plays where no webhook is asked, and returns what the API server makes of the last step by itself.
+    pub async fn play_without_webhook(&self, webhook: &Webhook) -> Answer {
+        let stage = self.prepare(webhook).await;
+        // These are judged by the list of protected sets, which follows within two seconds.
+        if stage.last["kind"] == "Scale" || stage.last["of"]["kind"] == "Pod" {
+            tokio::time::sleep(LISTED).await;
+        }
+        let answer = self.last_step(webhook, &stage).await;
+        sweep(webhook, &stage.scheduler, stage.made).await;
+        answer
+    }
+
+    async fn prepare(&self, webhook: &Webhook) -> Stage {
+        let text = self.text.replace("NAMESPACE", webhook.namespace.name());
+        let mut steps = documents(&text);
+        let scheduler = Who::new([format!("system:serviceaccount:{}:howdah-scheduler", webhook.system())]);
+        let who = self.header("as").map(|words| {
+            Who::new(words.split_whitespace().map(|word| word.replace("HOWDAH", webhook.system())))
+        });
+        let mut stage = Stage { last: steps.pop().unwrap(), made: Vec::new(), scheduler, who };
+        for object in &steps {
+            make(webhook, &stage.scheduler, object, &mut stage.made).await;
+        }
+        stage
+    }
+
+    async fn last_step(&self, webhook: &Webhook, stage: &Stage) -> Answer {
+        let Stage { last: object, made, who, .. } = stage;
         let administrator = Who::new(["administrator".to_owned()]);
-        let who = who.unwrap_or(&administrator);
+        let who = who.as_ref().unwrap_or(&administrator);
         let kind = object["kind"].as_str().unwrap();
         let name = object["metadata"]["name"].as_str().unwrap_or_default();
         let path = path_of(webhook, if kind == "Delete" { &object["of"] } else { object });
@@ -197,7 +211,19 @@ async fn make(webhook: &Webhook, who: &Who, object: &Value, made: &mut Vec<Made>
         place(webhook, who, &path, name, new["spec"]["nodeName"].as_str()).await
     } else {
         let data = serde_json::to_vec(&new).unwrap();
-        passed(webhook.send_as(who, &path, |request| request.create(&PostParams::default(), data)).await)
+        let answer = Mutex::new(None);
+        // What an earlier scene made goes away a moment after it was deleted.
+        webhook
+            .eventually(&format!("{kind} {name} is made"), || async {
+                let data = data.clone();
+                let params = PostParams::default();
+                let made = webhook.send_as(who, &path, |request| request.create(&params, data)).await;
+                let gone = made.status != 409;
+                *answer.lock().unwrap() = Some(made);
+                gone
+            })
+            .await;
+        passed(answer.into_inner().unwrap().unwrap())
     };
     if !status.is_null() {
         let change = Patch::Merge(json!({"status": status}));

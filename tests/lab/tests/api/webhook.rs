@@ -7,6 +7,7 @@
     reason = "a test that cannot go on panics, in its helpers too"
 )]
 
+use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
@@ -28,10 +29,14 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use serde::Deserialize as _;
 use serde_json::{Value, json};
 
+use crate::records::install_definitions;
+
 /// How long the webhook may take to become ready; it takes well below a second on an idle machine.
 const READY_LIMIT: Duration = Duration::from_secs(60);
 /// How long a change may take to reach the caches of webhook and API server.
 const SETTLE_LIMIT: Duration = Duration::from_secs(30);
+/// Both kinds of configuration. The first webhook of each is one that is meant to fail closed.
+const CONFIGURATIONS: [&str; 2] = ["mutatingwebhookconfigurations", "validatingwebhookconfigurations"];
 /// Pause between two looks.
 const POLL: Duration = Duration::from_millis(100);
 /// Limit of one raw request.
@@ -52,6 +57,8 @@ pub struct Webhook {
     kubeconfig: PathBuf,
     replicas: Vec<Replica>,
     flags: Vec<String>,
+    /// Whether the policies of deploy/ are applied for the namespace.
+    floor: bool,
 }
 
 /// One process.
@@ -92,6 +99,7 @@ impl Webhook {
     pub async fn absent() -> Self {
         let lab = Lab::open_or_up_without_ceph(&shared_name()).unwrap();
         let client = lab.client().await.unwrap();
+        install_definitions(&lab);
         let namespace = lab.namespace("webhook").unwrap();
         let (configuration, system) = (namespace.name().to_owned(), namespace.name().to_owned());
         let kubeconfig = lab.inside_kubeconfig();
@@ -104,6 +112,7 @@ impl Webhook {
             kubeconfig,
             replicas: Vec::new(),
             flags: Vec::new(),
+            floor: false,
         }
     }
 
@@ -123,6 +132,13 @@ impl Webhook {
 
     /// Applies the Secret and the configurations and starts the replicas; the configurations call the first.
     pub fn install(&mut self, flags: &[&str], replicas: usize) {
+        self.start_replicas(flags, replicas);
+        self.apply_configurations();
+        self.wait_ready();
+    }
+
+    /// Applies the Secret and starts the replicas, which nothing calls yet.
+    pub fn start_replicas(&mut self, flags: &[&str], replicas: usize) {
         self.flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
         self.kubectl_apply(&manifest("webhook-ca.yaml", |object| {
             object["metadata"]["namespace"] = json!(self.system);
@@ -131,24 +147,83 @@ impl Webhook {
             let replica = self.spawn(self.replicas.len(), None);
             self.replicas.push(replica);
         }
-        self.apply_configurations();
-        self.wait_ready();
     }
 
     /// Applies the configurations of deploy/, with the address of the first replica, and for this namespace alone beside
     /// kube-system, which they have to leave out by themselves.
     pub fn apply_configurations(&self) {
-        let reviews = self.replicas[0].reviews;
-        self.kubectl_apply(&manifest("webhook-configuration.yaml", |configuration| {
+        self.kubectl_apply(&self.configurations(self.replicas[0].reviews));
+    }
+
+    /// The configurations of deploy/ as [`Self::apply_configurations`] applies them, with the address of a replica.
+    pub fn configurations(&self, reviews: SocketAddr) -> String {
+        manifest("webhook-configuration.yaml", |configuration| {
             configuration["metadata"]["name"] = json!(self.configuration);
             for webhook in configuration["webhooks"].as_array_mut().unwrap() {
                 let path = webhook["clientConfig"]["service"]["path"].as_str().unwrap();
                 webhook["clientConfig"] = json!({"url": format!("https://{reviews}{path}")});
-                let here = json!({"key": "kubernetes.io/metadata.name", "operator": "In",
-                                  "values": [self.namespace.name(), "kube-system"]});
-                webhook["namespaceSelector"]["matchExpressions"].as_array_mut().unwrap().push(here);
+                let selector = &mut webhook["namespaceSelector"];
+                match selector["matchExpressions"].as_array_mut() {
+                    Some(expressions) => expressions.push(json!({
+                        "key": "kubernetes.io/metadata.name", "operator": "In",
+                        "values": [self.namespace.name(), "kube-system"],
+                    })),
+                    // The probe is asked in the namespace of the webhook alone.
+                    None => selector["matchLabels"]["kubernetes.io/metadata.name"] = json!(self.system),
+                }
+            }
+        })
+    }
+
+    /// Applies the policies of deploy/ under names of this test's, for its namespace alone, and waits until they judge. A
+    /// webhook would answer before them, so it must not be there yet.
+    pub async fn apply_floor(&mut self) {
+        self.floor = true;
+        let own = |name: &Value| json!(format!("{}-{}", name.as_str().unwrap(), self.namespace.name()));
+        self.kubectl_apply(&manifest("floor.yaml", |object| {
+            object["metadata"]["name"] = own(&object["metadata"]["name"]);
+            if object["kind"] == "ValidatingAdmissionPolicyBinding" {
+                object["spec"]["policyName"] = own(&object["spec"]["policyName"]);
+                object["spec"]["matchResources"] = json!({"namespaceSelector": {"matchLabels": {
+                    "kubernetes.io/metadata.name": self.namespace.name(),
+                }}});
             }
         }));
+        let careless = json!({
+            "apiVersion": "apps/v1", "kind": "StatefulSet",
+            "metadata": {"name": "is-the-floor-there", "labels": {"howdah.dev/protect": "true"}},
+            "spec": {"replicas": 2, "serviceName": "x", "selector": {"matchLabels": {"app": "x"}}, "template": {
+                "metadata": {"labels": {"app": "x"}}, "spec": {"containers": [{"name": "x", "image": "x"}]},
+            }},
+        });
+        self.eventually("the policies judge", || async {
+            self.create("statefulsets", &careless, true).await.message().contains("ValidatingAdmissionPolicy")
+        })
+        .await;
+    }
+
+    /// Deletes the policies of [`Self::apply_floor`].
+    fn delete_floor(&self) {
+        let floor = manifest("floor.yaml", |object| {
+            let name = object["metadata"]["name"].as_str().unwrap();
+            object["metadata"]["name"] = json!(format!("{name}-{}", self.namespace.name()));
+        });
+        let arguments = ["delete", "--ignore-not-found", "-f", "-"];
+        if let Err(error) = self.lab.kubectl_with_input(&arguments, &floor) {
+            eprintln!("{error:#}");
+        }
+    }
+
+    /// The failurePolicy of every webhook of both configurations, by the name of the webhook.
+    pub async fn failure_policies(&self) -> BTreeMap<String, String> {
+        let mut policies = BTreeMap::new();
+        for kind in CONFIGURATIONS {
+            for webhook in self.get(kind, &self.configuration).await["webhooks"].as_array().unwrap() {
+                let text = |field: &str| webhook[field].as_str().unwrap().to_owned();
+                policies.insert(text("name"), text("failurePolicy"));
+            }
+        }
+        policies
     }
 
     fn kubectl_apply(&self, yaml: &str) {
@@ -157,7 +232,8 @@ impl Webhook {
     }
 
     fn spawn(&self, index: usize, reviews: Option<SocketAddr>) -> Replica {
-        let (free, diagnostics) = netns::within(&self.lab, || (free_port(), free_port())).unwrap();
+        let (free, diagnostics) =
+            netns::within(&self.lab, || (port_that_is_free(), port_that_is_free())).unwrap();
         let reviews = reviews.unwrap_or(free);
         let name = format!("{}-{index}", self.namespace.name());
         let mut command = Command::new(binary());
@@ -175,8 +251,8 @@ impl Webhook {
         Replica { process: Some(process), name, reviews, diagnostics }
     }
 
-    /// Waits until every replica is ready and the API server knows how to call the first.
-    fn wait_ready(&mut self) {
+    /// Waits until every replica is ready, and the webhooks that are meant to fail closed do: they have been reached.
+    pub fn wait_ready(&mut self) {
         for index in 0..self.replicas.len() {
             let diagnostics = self.replicas[index].diagnostics;
             let lab = self.lab.clone();
@@ -188,6 +264,15 @@ impl Webhook {
                 })
                 .unwrap();
         }
+        let deadline = Instant::now() + READY_LIMIT;
+        for kind in CONFIGURATIONS {
+            let policy = "jsonpath={.webhooks[0].failurePolicy}";
+            let look = ["get", kind, &self.configuration, "-o", policy];
+            while self.lab.kubectl_ok(&look).unwrap() != "Fail" {
+                assert!(Instant::now() < deadline, "{kind} still fails open\n{}", self.output(0));
+                std::thread::sleep(POLL);
+            }
+        }
     }
 
     /// A replica.
@@ -195,12 +280,13 @@ impl Webhook {
         &self.replicas[index]
     }
 
-    /// Kills the first replica as a crash would.
+    /// Kills every replica as a crash would.
     pub fn kill(&mut self) {
-        let process = self.replicas[0].process.as_mut().unwrap();
-        process.signal(Signal::SIGKILL).unwrap();
-        assert!(process.wait_gone(READY_LIMIT));
-        self.replicas[0].process = None;
+        for replica in &mut self.replicas {
+            let Some(mut process) = replica.process.take() else { continue };
+            process.signal(Signal::SIGKILL).unwrap();
+            assert!(process.wait_gone(READY_LIMIT));
+        }
     }
 
     /// Asks the first replica to end, and returns at once.
@@ -260,9 +346,14 @@ impl Webhook {
             "persistentvolumeclaims" | "secrets" => {
                 format!("/api/v1/namespaces/{}/{resource}", self.namespace.name())
             }
+            "protectedsets" => {
+                format!("/apis/howdah.dev/v1alpha1/namespaces/{}/{resource}", self.namespace.name())
+            }
             "persistentvolumes" => format!("/api/v1/{resource}"),
             "storageclasses" => format!("/apis/storage.k8s.io/v1/{resource}"),
-            _ if resource.ends_with("webhookconfigurations") => {
+            _ if resource.ends_with("webhookconfigurations")
+                || resource.starts_with("validatingadmission") =>
+            {
                 format!("/apis/admissionregistration.k8s.io/v1/{resource}")
             }
             _ => format!("/apis/apps/v1/namespaces/{}/{resource}", self.namespace.name()),
@@ -291,7 +382,7 @@ impl Webhook {
     /// The bundle that the API server has for every webhook of both configurations.
     pub async fn bundles(&self) -> Vec<String> {
         let mut bundles = Vec::new();
-        for kind in ["mutatingwebhookconfigurations", "validatingwebhookconfigurations"] {
+        for kind in CONFIGURATIONS {
             let configuration = self.get(kind, &self.configuration).await;
             for webhook in configuration["webhooks"].as_array().unwrap() {
                 let text = webhook["clientConfig"]["caBundle"].as_str().unwrap_or_default();
@@ -314,11 +405,14 @@ impl Webhook {
 
 impl Drop for Webhook {
     fn drop(&mut self) {
-        for kind in ["mutatingwebhookconfiguration", "validatingwebhookconfiguration"] {
+        for kind in CONFIGURATIONS {
             let arguments = ["delete", kind, &self.configuration, "--ignore-not-found"];
             if let Err(error) = self.lab.kubectl_ok(&arguments) {
                 eprintln!("{error:#}");
             }
+        }
+        if self.floor {
+            self.delete_floor();
         }
     }
 }
@@ -388,7 +482,12 @@ fn binary() -> PathBuf {
     binary
 }
 
-fn free_port() -> SocketAddr {
+/// An address in the lab's network where nobody listens.
+pub fn free_port(lab: &Lab) -> SocketAddr {
+    netns::within(lab, port_that_is_free).unwrap()
+}
+
+fn port_that_is_free() -> SocketAddr {
     let any = SocketAddr::from((netns::BRIDGE_ADDRESS, 0));
     TcpListener::bind(any).unwrap().local_addr().unwrap()
 }
