@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::protected_sets::ProtectedSets;
+use crate::reports::HowdahReport;
 
 /// What is to be backed up. It cannot be changed once the object exists.
 #[derive(Clone, Debug, CustomResource, Deserialize, Serialize, KubeSchema, PartialEq, Eq)]
@@ -111,6 +112,7 @@ pub fn crd_yaml() -> anyhow::Result<Vec<(&'static str, String)>> {
         ("postgresbackups.yaml", "records", PostgresBackup::crd()),
         ("postgresrestores.yaml", "records", PostgresRestore::crd()),
         ("protectedsets.yaml", "protected_sets", ProtectedSets::crd()),
+        ("howdahreports.yaml", "reports", HowdahReport::crd()),
     ]
     .into_iter()
     .map(|(file, source, definition)| {

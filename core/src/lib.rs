@@ -3,7 +3,9 @@
 //! No IO, no clock and no randomness in here: `now` is a parameter, and what is to be done is returned as data.
 
 pub mod annotations;
+pub mod audit;
 pub mod backup;
+pub mod bucket;
 pub mod catalogue;
 pub mod lineage;
 pub mod lint;

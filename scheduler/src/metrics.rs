@@ -39,6 +39,8 @@ pub struct Metrics {
     pub stalest_success: Gauge<f64, AtomicU64>,
     /// Protected databases that have a schedule and no good backup at all.
     pub without_backup: Gauge,
+    /// Backups that ended stuck and wait for a human.
+    pub stuck: Gauge,
     /// Backups and restores under way.
     pub open: Gauge,
     /// 1 while this replica leads.
@@ -84,6 +86,12 @@ impl Metrics {
                 registry,
                 "databases_without_backup",
                 "Scheduled databases without any good backup",
+                Gauge::default(),
+            ),
+            stuck: added(
+                registry,
+                "backups_stuck",
+                "Backups that ended stuck and wait for a human",
                 Gauge::default(),
             ),
             open: added(registry, "backups_open", "Backups and restores under way", Gauge::default()),

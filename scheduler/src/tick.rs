@@ -351,6 +351,8 @@ impl Term {
         }
         self.cx.metrics.stalest_success.set(stalest);
         self.cx.metrics.without_backup.set(without);
+        let stuck = backups.iter().filter(|backup| phase_of(backup) == Phase::Stuck).count();
+        self.cx.metrics.stuck.set(i64::try_from(stuck).unwrap_or(i64::MAX));
     }
 
     /// Drops the memory of StatefulSets that are gone.

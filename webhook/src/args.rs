@@ -8,19 +8,25 @@ use std::time::Duration;
 use anyhow::Context as _;
 use axum_server::tls_rustls::RustlsConfig;
 use clap::Parser;
+use howdah_adapters::kubernetes::{self, Kubernetes};
+use howdah_adapters::leader::{Election, LeaderSettings};
 use howdah_adapters::telemetry::{Diagnostics, LogFormat, Readiness};
-use howdah_adapters::{kubernetes, shutdown, telemetry};
+use howdah_adapters::{shutdown, telemetry};
 use howdah_certs::{ClientAuthority, FailClosed, FailOpen, Keeper, Lifetimes};
 use howdah_core::names;
 use howdah_core::policy::Config;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
+use crate::NAME;
+use crate::audit::Auditor;
+use crate::background;
 use crate::connections::{self, Limits};
+use crate::denials::Denials;
 use crate::facts::Cluster;
 use crate::http::{self, App};
 use crate::lists::Lists;
-use crate::metrics::Metrics;
+use crate::metrics::{AuditMetrics, Metrics};
 
 /// What tasks may take after the server has drained; they only have to notice.
 const JOIN: Duration = Duration::from_secs(5);
@@ -71,6 +77,12 @@ pub struct Args {
     /// A PEM file with the authorities of the clients that may connect; without it anyone may. Read again when it changes.
     #[arg(long, env = "HOWDAH_CLIENT_CA")]
     pub client_ca: Option<PathBuf>,
+    /// Unique name of this replica in the election of the one that does the background work; the name of the pod.
+    #[arg(long, env = "POD_NAME", default_value = "howdah-webhook-local")]
+    pub identity: String,
+    /// Seconds between two looks of the audit at all protected StatefulSets; 0 turns it off.
+    #[arg(long, env = "HOWDAH_AUDIT_INTERVAL_SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(..=24 * 3600))]
+    pub audit_interval_seconds: u64,
     /// How long to serve on after SIGTERM, until no API server sends new requests.
     #[arg(long, env = "HOWDAH_PROPAGATION_SECONDS", default_value_t = 10)]
     pub propagation_seconds: u64,
@@ -109,6 +121,8 @@ impl Args {
             certificate_lifetime_seconds,
             settle_seconds,
             client_ca,
+            identity,
+            audit_interval_seconds,
             propagation_seconds,
             drain_seconds,
             kubeconfig,
@@ -136,6 +150,8 @@ impl Args {
             readiness.clone(),
             fail_open,
         );
+        let lease = LeaderSettings::new(&namespace, NAME, &identity);
+        let election = Election::new(client.clone(), lease)?;
         let settings = howdah_certs::Settings {
             namespace,
             secret: ca_secret,
@@ -149,9 +165,15 @@ impl Args {
         };
         let certificates = howdah_certs::Metrics::register(&mut registry);
         let keeper = Keeper::new(client.clone(), settings, certificates, readiness.gate("certificates"));
+        let audited = AuditMetrics::register(&mut registry);
+        let every = Duration::from_secs(audit_interval_seconds);
+        let auditor =
+            (!every.is_zero()).then(|| Auditor::new(client.clone(), config.clone(), audited.clone(), every));
         let (cluster, caches) = Cluster::new(client.clone(), config, readiness.gate("caches"));
-        let lists = Lists::new(client, cluster.protected());
-        let app = App::new(cluster, Metrics::register(&mut registry));
+        let lists = Lists::new(client.clone(), cluster.protected());
+        let metrics = Metrics::register(&mut registry);
+        let (denials, publisher) = Denials::new(metrics.clone());
+        let app = App::new(cluster, metrics, denials);
 
         let serving = readiness.gate("serving");
         let diagnostics = Diagnostics::bind(diagnostics, registry, readiness).await?;
@@ -176,6 +198,10 @@ impl Args {
         tasks.spawn("certificates", keeper.run(signal.clone()));
         tasks.spawn("fail-closed", fail_closed.run(signal.clone()));
         tasks.spawn("protected-sets", lists.run(signal.clone()));
+        tasks.spawn("denials", publisher.run(Kubernetes::new(client, NAME), signal.clone()));
+        if let Some(auditor) = auditor {
+            tasks.spawn("background", background::run(election, auditor, audited.leading, signal.clone()));
+        }
         tasks.spawn("diagnostics", diagnostics.serve(drained.clone()));
         if let Some(clients) = clients {
             tasks.spawn(

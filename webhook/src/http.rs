@@ -17,6 +17,7 @@ use jiff::Timestamp;
 use serde_json::Value;
 use tracing::{Instrument as _, debug, error, info, info_span, warn};
 
+use crate::denials::Denials;
 use crate::facts::Cluster;
 use crate::intake::Intake;
 use crate::metrics::Metrics;
@@ -50,6 +51,7 @@ impl Phase {
 pub struct App {
     cluster: Cluster,
     metrics: Metrics,
+    denials: Denials,
     intake: Intake,
     closing: Arc<AtomicBool>,
 }
@@ -57,8 +59,8 @@ pub struct App {
 impl App {
     /// An app that answers from these facts.
     #[must_use]
-    pub fn new(cluster: Cluster, metrics: Metrics) -> Self {
-        Self { cluster, metrics, intake: Intake::default(), closing: Arc::default() }
+    pub fn new(cluster: Cluster, metrics: Metrics, denials: Denials) -> Self {
+        Self { cluster, metrics, denials, intake: Intake::default(), closing: Arc::default() }
     }
 
     /// From now on every answer asks the API server to close its connection: it keeps them for long, and a connection to
@@ -184,7 +186,11 @@ async fn judge(app: &App, phase: Phase, review: &Review, started: Instant) -> Re
                 if let Some(lookup) = gathered.lookup.filter(|_| !review.dry_run) {
                     app.metrics.looked_up(lookup);
                 }
-                policy::validate(&request, &gathered.facts, now)
+                let verdict = policy::validate(&request, &gathered.facts, now);
+                if !review.dry_run {
+                    app.denials.tell(&request, &gathered.facts, &review.user.name, &verdict);
+                }
+                verdict
             }
             Err(error) => {
                 if !review.dry_run {
@@ -250,7 +256,8 @@ mod tests {
         let (cluster, _) = Cluster::new(client, Config::default(), Readiness::new().gate("caches"));
         let mut registry = registry("webhook", "test");
         let metrics = Metrics::register(&mut registry);
-        (App::new(cluster, metrics), registry)
+        let (denials, _) = Denials::new(metrics.clone());
+        (App::new(cluster, metrics, denials), registry)
     }
 
     async fn post(app: &App, path: &str, body: impl Into<Body>) -> (StatusCode, String) {

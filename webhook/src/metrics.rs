@@ -1,12 +1,15 @@
 //! What is counted. Labels come from small fixed sets, never from a name or a namespace.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use howdah_core::annotations::Mode;
-use howdah_core::policy::{Operation, Verdict};
+use howdah_core::policy::{Effect, Operation, RULES, Verdict};
+use jiff::Timestamp;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
@@ -22,6 +25,7 @@ pub struct Metrics {
     findings: Family<FindingLabels, Counter>,
     duration: Family<PhaseLabel, Histogram>,
     lookups: Family<LookupLabel, Counter>,
+    untold: Counter,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -68,6 +72,7 @@ impl Metrics {
             findings: Family::default(),
             duration: Family::new_with_constructor(|| Histogram::new(SECONDS)),
             lookups: Family::default(),
+            untold: Counter::default(),
         };
         registry.register("reviews", "Reviews answered, dry runs apart", metrics.reviews.clone());
         registry.register("policy_findings", "Violations found, dry runs apart", metrics.findings.clone());
@@ -76,6 +81,11 @@ impl Metrics {
             "parent_lookups",
             "Look-ups of the StatefulSet that a request is about",
             metrics.lookups.clone(),
+        );
+        registry.register(
+            "denial_events_dropped",
+            "Denials that became no Event, because there were too many",
+            metrics.untold.clone(),
         );
         metrics
     }
@@ -112,10 +122,99 @@ impl Metrics {
         self.lookups.get_or_create(&LookupLabel { source }).inc();
     }
 
+    /// Counts one denial that became no Event.
+    pub fn untold(&self) {
+        self.untold.inc();
+    }
+
     fn review(&self, phase: Phase, operation: &'static str, verdict: &'static str, took: Duration) {
         let phase = phase.as_str();
         self.reviews.get_or_create(&ReviewLabels { phase, operation, verdict }).inc();
         self.duration.get_or_create(&PhaseLabel { phase }).observe(took.as_secs_f64());
+    }
+}
+
+/// The metrics of the background work; only the replica that leads has values.
+#[derive(Debug, Clone)]
+pub struct AuditMetrics {
+    findings: Family<AuditLabels, Gauge>,
+    ending: Gauge,
+    rounds: Counter,
+    last: Gauge,
+    written: Counter,
+    /// 1 while this replica leads.
+    pub leading: Gauge,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct AuditLabels {
+    rule: &'static str,
+    effect: &'static str,
+}
+
+impl AuditMetrics {
+    /// Makes the metrics and adds them to the registry.
+    pub fn register(registry: &mut Registry) -> Self {
+        let metrics = Self {
+            findings: Family::default(),
+            ending: Gauge::default(),
+            rounds: Counter::default(),
+            last: Gauge::default(),
+            written: Counter::default(),
+            leading: Gauge::default(),
+        };
+        registry.register(
+            "audit_findings",
+            "Violations that protected StatefulSets have as they stand",
+            metrics.findings.clone(),
+        );
+        registry.register(
+            "audit_exemptions_ending",
+            "Exemptions that end within 14 days",
+            metrics.ending.clone(),
+        );
+        registry.register("audit_rounds", "Looks at all protected StatefulSets", metrics.rounds.clone());
+        registry.register(
+            "audit_last_round_timestamp_seconds",
+            "When the last look ended, in seconds since 1970",
+            metrics.last.clone(),
+        );
+        registry.register(
+            "audit_reports_written",
+            "Reports created, changed or deleted",
+            metrics.written.clone(),
+        );
+        registry.register(
+            "background_leading",
+            "1 while this replica does the background work for all",
+            metrics.leading.clone(),
+        );
+        metrics
+    }
+
+    /// Takes in one round: every rule and effect has a value, 0 where nothing was found.
+    pub fn round(&self, counts: &BTreeMap<(&'static str, Effect), i64>, ending: usize, now: Timestamp) {
+        for rule in &RULES {
+            for effect in [Effect::Deny, Effect::Warn, Effect::Audit, Effect::Exempt] {
+                let labels = AuditLabels { rule: rule.id, effect: effect.as_str() };
+                let count = counts.get(&(rule.id, effect)).copied().unwrap_or(0);
+                self.findings.get_or_create(&labels).set(count);
+            }
+        }
+        self.ending.set(i64::try_from(ending).unwrap_or(i64::MAX));
+        self.last.set(now.as_second());
+        self.rounds.inc();
+    }
+
+    /// Counts a report that was written.
+    pub fn wrote(&self) {
+        self.written.inc();
+    }
+
+    /// Forgets what was found: another replica counts from now on.
+    pub fn clear(&self) {
+        self.findings.clear();
+        self.ending.set(0);
     }
 }
 

@@ -20,7 +20,9 @@ pub const RULE: Rule = Rule {
     refusal: Refusal::Policy,
     check: Check::State(check),
     filling: None,
-    floor: Floor::silent("what it would do is refused as a scale, and the autoscaler names its StatefulSet only"),
+    floor: Floor::silent(
+        "what it would do is refused as a scale, and the autoscaler names its StatefulSet only",
+    ),
 };
 
 fn check(subject: &Subject<'_>) -> Vec<Finding> {

@@ -24,7 +24,9 @@ pub const RULE: Rule = Rule {
     refusal: Refusal::Policy,
     check: Check::Step(check),
     filling: None,
-    floor: Floor::silent("a claim does not say which StatefulSet it is of; the webhook fails closed for claims that carry the label"),
+    floor: Floor::silent(
+        "a claim does not say which StatefulSet it is of; the webhook fails closed for claims that carry the label",
+    ),
 };
 
 fn check(subject: &Subject<'_>) -> Vec<Finding> {

@@ -3,8 +3,9 @@
 //! An exemption is a date and a reason. It holds through its last day, in UTC whatever the zone of the schedule is, and
 //! it says in time that it will end: the day after it, the violation is denied and the annotation itself is refused.
 
-use jiff::ToSpan as _;
 use jiff::civil::Date;
+use jiff::{Timestamp, ToSpan as _};
+use serde_json::Value;
 
 use super::{Effect, Finding, Outcome, RULES};
 use crate::annotations::{Exemption, Settings};
@@ -31,6 +32,12 @@ pub fn ending(settings: &Settings, today: Date) -> impl Iterator<Item = (&str, &
     settings.exemptions.iter().filter(move |(_, exemption)| soon(exemption)).map(|(id, e)| (id.as_str(), e))
 }
 
+/// How many exemptions of `object` are about to end.
+#[must_use]
+pub fn count_ending(object: &Value, now: Timestamp) -> usize {
+    ending(&super::readable_settings(object).0, super::today(now)).count()
+}
+
 /// What to say about the exemptions that are about to end: in every mode, because in every mode the annotation is refused
 /// once it has ended. One of a rule that does not exist is refused already.
 pub(super) fn warnings(settings: &Settings, today: Date) -> impl Iterator<Item = Outcome> {
@@ -52,7 +59,6 @@ pub(super) fn warnings(settings: &Settings, today: Date) -> impl Iterator<Item =
 mod tests {
     use super::*;
     use crate::policy::{ClusterFacts, Request, Verdict, WARNING_CHARS_MAX, validate};
-    use jiff::Timestamp;
     use serde_json::json;
 
     /// A set with two replicas that is exempt from `rule` until `until`, judged at this instant.

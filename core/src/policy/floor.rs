@@ -283,7 +283,8 @@ fn conditions(place: &Place) -> Vec<Value> {
             named("not-the-control-plane", format!("!(request.userInfo.username in {cleaners:?})")),
             named(
                 "not-its-kubelet",
-                "request.userInfo.username != \"system:node:\" + oldObject.spec.?nodeName.orValue(\"\")".to_owned(),
+                "request.userInfo.username != \"system:node:\" + oldObject.spec.?nodeName.orValue(\"\")"
+                    .to_owned(),
             ),
             named("not-with-its-namespace", "!has(namespaceObject.metadata.deletionTimestamp)".to_owned()),
         ]);
@@ -364,12 +365,7 @@ fn denials(place: &Place, rule: &Rule) -> String {
 fn validations(place: &Place, rules: &[(&Rule, &Twin)]) -> Vec<Value> {
     let lists = [
         (POLICY, false, "Forbidden", "against howdah's policy: see docs/reference/rules.md"),
-        (
-            INVALID,
-            true,
-            "Invalid",
-            "an annotation of howdah cannot be read: see docs/reference/rules.md",
-        ),
+        (INVALID, true, "Invalid", "an annotation of howdah cannot be read: see docs/reference/rules.md"),
     ];
     let present: Vec<_> = lists
         .iter()

@@ -38,7 +38,9 @@ pub const RULE: Rule = Rule {
 const FLOOR: Floor = Floor {
     twins: &[Twin { target: Target::StatefulSet, findings: CEL }],
     makes: |finding| ["spec.replicas", "spec.template"].contains(&finding.field.as_str()),
-    leaves: Some("the gate itself, the label, scales and deletions, which are judged by what has to be looked up"),
+    leaves: Some(
+        "the gate itself, the label, scales and deletions, which are judged by what has to be looked up",
+    ),
 };
 
 const CEL: &str = r#"oldObject == null || it == oldObject || !oldObject.metadata.?annotations[?"howdah.dev/gate"].hasValue() ||

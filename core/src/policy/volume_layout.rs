@@ -31,7 +31,9 @@ pub const RULE: Rule = Rule {
     refusal: Refusal::Policy,
     check: Check::State(check),
     filling: None,
-    floor: Floor::silent("where a database lies takes more than CEL to read, and its classes have to be looked up"),
+    floor: Floor::silent(
+        "where a database lies takes more than CEL to read, and its classes have to be looked up",
+    ),
 };
 
 /// The access mode by which several nodes may mount and write.

@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 /// Both configurations.
 fn configurations() -> Vec<Value> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("tests/tidy has two parents");
-    let text = fs::read_to_string(root.join("deploy/base/webhook-configuration.yaml")).expect("read the manifest");
+    let text =
+        fs::read_to_string(root.join("deploy/base/webhook-configuration.yaml")).expect("read the manifest");
     let documents: Vec<Value> = serde_yaml_ng::Deserializer::from_str(&text)
         .map(|document| Value::deserialize(document).expect("read a configuration"))
         .collect();
@@ -47,11 +48,14 @@ fn every_webhook_is_applied_failing_open_and_lets_the_glass_be_broken() {
 #[test]
 fn only_what_asks_for_the_label_is_meant_to_fail_closed() {
     for configuration in configurations() {
-        let meant = configuration["metadata"]["annotations"][names::FAIL_CLOSED].as_str().expect("it says which");
+        let meant =
+            configuration["metadata"]["annotations"][names::FAIL_CLOSED].as_str().expect("it says which");
         let meant: Vec<&str> = meant.split(',').map(str::trim).collect();
         let labelled: Vec<&str> = webhooks(&configuration)
             .iter()
-            .filter(|webhook| webhook["objectSelector"]["matchLabels"][names::PROTECT_LABEL] == names::PROTECT_VALUE)
+            .filter(|webhook| {
+                webhook["objectSelector"]["matchLabels"][names::PROTECT_LABEL] == names::PROTECT_VALUE
+            })
             .filter_map(|webhook| webhook["name"].as_str())
             .collect();
         assert_eq!(meant, labelled);

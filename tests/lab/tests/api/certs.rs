@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
+use howdah_lab::lab::Lab;
 use kube::api::{Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 
@@ -183,18 +184,24 @@ async fn while_the_webhook_is_down_only_labelled_sets_wait() {
         .await;
 }
 
+/// A kubeconfig of the webhook's own service account, which has to be there.
+pub fn own_account(lab: &Lab) -> tempfile::NamedTempFile {
+    let token = ["create", "token", "howdah-webhook", "--namespace", "howdah-system"];
+    let token = lab.kubectl_ok(&token).unwrap();
+    let mut kubeconfig: Value =
+        serde_yaml_ng::from_str(&std::fs::read_to_string(lab.inside_kubeconfig()).unwrap()).unwrap();
+    kubeconfig["users"][0]["user"] = json!({"token": token.trim()});
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), kubeconfig.to_string()).unwrap();
+    file
+}
+
 #[tokio::test]
 async fn the_rights_of_its_own_account_are_enough() {
     let mut webhook = Webhook::absent().await;
     let _turn = TURN.lock().await;
     apply_rights(&webhook.lab, "rook").unwrap();
-    let token = ["create", "token", "howdah-webhook", "--namespace", "howdah-system"];
-    let token = webhook.lab.kubectl_ok(&token).unwrap();
-    let mut kubeconfig: Value =
-        serde_yaml_ng::from_str(&std::fs::read_to_string(webhook.lab.inside_kubeconfig()).unwrap()).unwrap();
-    kubeconfig["users"][0]["user"] = json!({"token": token.trim()});
-    let file = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(file.path(), kubeconfig.to_string()).unwrap();
+    let file = own_account(&webhook.lab);
     webhook.run_as_installed(file.path().to_owned());
     webhook.install(&[], 1);
 

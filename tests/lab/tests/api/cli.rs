@@ -20,12 +20,15 @@ fn howdah(lab: &Lab, arguments: &[&str]) -> (bool, String) {
 
 /// The same with the exit code.
 fn howdah_code(lab: &Lab, arguments: &[&str]) -> (Option<i32>, String) {
+    let Output { status, stdout, stderr } = output(lab, arguments);
+    (status.code(), String::from_utf8([stdout, stderr].concat()).unwrap())
+}
+
+fn output(lab: &Lab, arguments: &[&str]) -> Output {
     let test = std::env::current_exe().unwrap();
     let binary = test.ancestors().nth(2).unwrap().join("kubectl-howdah");
     assert!(binary.is_file(), "there is no {}: run `cargo build --workspace --bins`", binary.display());
-    let Output { status, stdout, stderr } =
-        Command::new(binary).arg("--kubeconfig").arg(lab.kubeconfig()).args(arguments).output().unwrap();
-    (status.code(), String::from_utf8([stdout, stderr].concat()).unwrap())
+    Command::new(binary).arg("--kubeconfig").arg(lab.kubeconfig()).args(arguments).output().unwrap()
 }
 
 /// The command reads the cluster twice before it orders.
@@ -234,4 +237,89 @@ async fn a_restore_is_ordered_undone_and_asked_again() {
     stand_at("Failed");
     let (ok, text) = howdah(&lab, &[&["restore", "undo", &restore], &place[..]].concat());
     assert!(!ok && text.contains("everything is as it was"), "{text}");
+}
+
+/// A set as people write it, with a class and a claim that are no part of the manifest.
+const LINTED: &str = r#"
+apiVersion: apps/v1
+kind: StatefulSet
+metadata:
+  name: db
+  labels: {howdah.dev/protect: "true"}
+spec:
+  serviceName: db
+  selector: {matchLabels: {app: db}}
+  template:
+    metadata: {labels: {app: db}}
+    spec:
+      containers:
+        - {name: postgres, image: "postgres:15"}
+        - {name: exporter, image: "exporter:1"}
+      affinity:
+        podAntiAffinity:
+          preferredDuringSchedulingIgnoredDuringExecution:
+            - {weight: 1, podAffinityTerm: {topologyKey: example.com/rack, labelSelector: {matchLabels: {app: db}}}}
+  volumeClaimTemplates:
+    - metadata: {name: data}
+      spec: {storageClassName: CLASS, accessModes: [ReadWriteOnce], resources: {requests: {storage: 1Gi}}}
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lint_asks_the_cluster_only_when_told_and_then_knows_its_classes() {
+    let lab = Lab::open_or_up_without_ceph(&shared_name()).unwrap();
+    let namespace = lab.namespace("lint").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("db.yaml");
+    let class = |name: &str, provisioner: &str| {
+        let name = format!("{}-{name}", namespace.name());
+        let yaml = format!(
+            "apiVersion: storage.k8s.io/v1\nkind: StorageClass\nmetadata: {{name: {name}}}\nprovisioner: {provisioner}\n"
+        );
+        assert!(lab.kubectl_apply(&yaml).unwrap().status.success());
+        name
+    };
+    let (good, bad) = (class("good", "rook-ceph.rbd.csi.ceph.com"), class("bad", "example.com/nfs"));
+    let lint = |class: &str, flags: &[&str]| {
+        std::fs::write(&file, LINTED.replace("CLASS", class)).unwrap();
+        let Output { status, stdout, .. } =
+            output(&lab, &[&["lint", file.to_str().unwrap()], flags].concat());
+        (status.code().unwrap(), String::from_utf8(stdout).unwrap())
+    };
+    let cluster = ["--cluster", "-n", namespace.name()];
+    let (code, text) = lint(&bad, &[]);
+    assert!(code == 0 && text.contains("which only the cluster knows"), "{text}");
+    let (code, text) = lint(&bad, &cluster);
+    assert!(code == 1 && text.contains("of example.com/nfs"), "{text}");
+    let (code, text) = lint("absent", &cluster);
+    assert!(code == 1 && text.contains("absent, which does not exist"), "{text}");
+    let (code, text) = lint(&good, &cluster);
+    assert!(
+        code == 0 && text.contains("nothing would be denied") && !text.contains("only a cluster"),
+        "{text}"
+    );
+    lab.kubectl_ok(&["delete", "storageclass", &good, &bad]).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_print_patch_prints_is_a_patch_to_kustomize_and_leaves_the_webhook_nothing_to_set() {
+    let lab = Lab::open_or_up_without_ceph(&shared_name()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    write("db.yaml", &LINTED.replace("storageClassName: CLASS, ", ""));
+    let print = |file: &str| {
+        let file = folder.path().join(file);
+        let flags = ["--print-patch", "--storage-class", "rook-ceph-block"];
+        let Output { stdout, .. } = output(&lab, &[&["lint", file.to_str().unwrap()], &flags[..]].concat());
+        String::from_utf8(stdout).unwrap()
+    };
+    let patch = print("db.yaml");
+    write("patch.yaml", &patch);
+    write("kustomization.yaml", "resources: [db.yaml]\npatches: [{path: patch.yaml}]\n");
+    let folder_name = folder.path().to_str().unwrap();
+    let merged = lab.kubectl_ok(&["kustomize", folder_name]).unwrap();
+    for kept in ["name: exporter", "example.com/rack", "storage: 1Gi", "storageClassName: rook-ceph-block"] {
+        assert!(merged.contains(kept), "{kept} is not in\n{merged}");
+    }
+    write("merged.yaml", &merged);
+    assert_eq!(print("merged.yaml"), "# The webhook would set nothing.\n", "after\n{merged}");
 }

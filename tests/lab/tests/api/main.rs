@@ -1,5 +1,6 @@
 //! Tests that need a real API server and no nodes.
 
+mod audit;
 mod certs;
 mod cli;
 mod deploy;

@@ -240,12 +240,17 @@ impl Webhook {
         command
             .args(["--listen", &reviews.to_string(), "--diagnostics", &diagnostics.to_string()])
             .args(["--namespace", &self.system, "--configuration", &self.configuration])
+            .args(["--identity", &name])
             .args(["--name", &netns::BRIDGE_ADDRESS.to_string(), "--propagation-seconds", "1"])
             .arg("--kubeconfig")
             .arg(&self.kubeconfig)
             .args(&self.flags);
         if !self.flags.iter().any(|flag| flag == "--log") {
             command.args(["--log", "info,howdah_webhook=debug"]);
+        }
+        // The audits of tests side by side would write each other's reports; the test of the audit turns its own on.
+        if !self.flags.iter().any(|flag| flag == "--audit-interval-seconds") {
+            command.args(["--audit-interval-seconds", "0"]);
         }
         let process = self.lab.spawn_inside(&name, &command).unwrap();
         Replica { process: Some(process), name, reviews, diagnostics }
@@ -272,6 +277,13 @@ impl Webhook {
                 assert!(Instant::now() < deadline, "{kind} still fails open\n{}", self.output(0));
                 std::thread::sleep(POLL);
             }
+        }
+    }
+
+    /// Has the API server ask the webhook no more.
+    pub fn remove_configurations(&self) {
+        for kind in ["mutatingwebhookconfiguration", "validatingwebhookconfiguration"] {
+            self.lab.kubectl_ok(&["delete", kind, &self.configuration, "--ignore-not-found"]).unwrap();
         }
     }
 
