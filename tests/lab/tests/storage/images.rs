@@ -115,7 +115,8 @@ fn a_swap_and_its_books_need_no_more_rights_than_a_backup() {
         assert_eq!(value().await.as_deref(), Some("before"));
         ceph.set_journal_value(POOL, "", &object, IMAGE_ID_KEY, &made.id).await.unwrap();
         assert_eq!(value().await.as_ref(), Some(&made.id));
-        let absent = ceph.set_journal_value(POOL, "", "csi.volume.none", IMAGE_ID_KEY, "x").await.unwrap_err();
+        let absent =
+            ceph.set_journal_value(POOL, "", "csi.volume.none", IMAGE_ID_KEY, "x").await.unwrap_err();
         assert!(absent.is_not_found(), "{absent}");
 
         ceph.move_to_trash(&spec).await.unwrap();

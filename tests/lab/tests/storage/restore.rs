@@ -146,7 +146,10 @@ impl<'a> Node<'a> {
         let live = self.id(&self.image);
         assert_eq!(self.claim().journal("csi.imageid").unwrap(), live, "ceph-csi would delete another image");
         let images = self.images();
-        assert!(images.iter().all(|image| !image.contains(".howdah-new-")), "a clone is left over: {images:?}");
+        assert!(
+            images.iter().all(|image| !image.contains(".howdah-new-")),
+            "a clone is left over: {images:?}"
+        );
         match status.method.unwrap() {
             Method::Swap => {
                 assert_eq!(status.incoming.as_ref().unwrap().id, live);
@@ -363,7 +366,10 @@ fn a_rollback_is_completed_by_the_next_scheduler_and_can_be_undone() {
 /// Kills the scheduler when the restore is in `phase`, and starts another.
 fn kill_in(node: &Node<'_>, scheduler: Process, restore: &str, phase: Phase, number: usize) -> Process {
     node.stage.wait_restore(restore, |status| {
-        assert!(!status.phase.is_terminal(), "{restore} is over before it was seen in {phase:?}: {status:#?}");
+        assert!(
+            !status.phase.is_terminal(),
+            "{restore} is over before it was seen in {phase:?}: {status:#?}"
+        );
         status.phase == phase
     });
     scheduler.signal(Signal::SIGKILL).unwrap();
