@@ -24,12 +24,12 @@ pub const NAME: &str = "howdah";
     namespaced,
     derive = "PartialEq",
     doc = "What the protected StatefulSets of a namespace violate; written by howdah, gone when there is nothing to say.",
-    printcolumn(name = "Deny", type_ = "integer", json_path = ".spec.summary.deny"),
-    printcolumn(name = "Warn", type_ = "integer", json_path = ".spec.summary.warn"),
-    printcolumn(name = "Audit", type_ = "integer", json_path = ".spec.summary.audit"),
-    printcolumn(name = "Exempt", type_ = "integer", json_path = ".spec.summary.exempt"),
-    printcolumn(name = "Left-out", type_ = "integer", json_path = ".spec.leftOut"),
-    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+    printcolumn = r#"{"name": "Deny", "type": "integer", "jsonPath": ".spec.summary.deny"}"#,
+    printcolumn = r#"{"name": "Warn", "type": "integer", "jsonPath": ".spec.summary.warn"}"#,
+    printcolumn = r#"{"name": "Audit", "type": "integer", "jsonPath": ".spec.summary.audit"}"#,
+    printcolumn = r#"{"name": "Exempt", "type": "integer", "jsonPath": ".spec.summary.exempt"}"#,
+    printcolumn = r#"{"name": "Left-out", "type": "integer", "jsonPath": ".spec.leftOut"}"#,
+    printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
 )]
 #[serde(rename_all = "camelCase")]
 pub struct HowdahReportSpec {
