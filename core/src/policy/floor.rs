@@ -182,7 +182,7 @@ const PLACES: [Place; 3] = [
 impl Place {
     /// The object that is judged, and what stands beside it for the ratchet.
     fn objects(&self) -> &'static str {
-        if self.is_deletion() { "[oldObject, null]" } else { "[object, oldObject]" }
+        if self.is_deletion() { "[oldObject, object]" } else { "[object, oldObject]" }
     }
 
     fn object(&self) -> &'static str {
