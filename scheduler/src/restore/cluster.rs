@@ -4,7 +4,7 @@ use howdah_adapters::kubernetes::{KubernetesError, call, is_ready};
 use howdah_adapters::postgres::{PostgresError, Session, Target};
 use howdah_adapters::records::PostgresRestore;
 use howdah_core::backup::{FailureKind, ImageRecord, Problem};
-use howdah_core::restore::{Answer, Event, Goal, Method, Proof, RestoreStatus};
+use howdah_core::restore::{Answer, Event, Goal, Proof, RestoreStatus};
 use howdah_core::{annotations, names};
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::Pod;
@@ -120,11 +120,12 @@ impl Restore<'_> {
         let mut proofs = vec![self.no_pod(&volume.claim).await?, self.no_attachment(&volume.volume).await?];
         let ceph = self.ceph().await?;
         // On the way back the volume may go by either image.
-        let mut images = vec![(image, ceph.image_by_id(image).await.map_err(of_ceph)?)];
-        if let Some(incoming) = &status.incoming {
-            match ceph.image_by_id(incoming).await {
-                Ok(found) => images.push((incoming, found)),
-                Err(error) if error.is_not_found() => {}
+        let mut images = Vec::new();
+        for record in std::iter::once(image).chain(&status.incoming) {
+            match ceph.image_by_id(record).await {
+                Ok(found) => images.push((record, found)),
+                // An image that is gone with its volume, or was put back, has no writer.
+                Err(error) if error.is_not_found() && (status.going_back || record.id != image.id) => {}
                 Err(error) => return Err(of_ceph(error)),
             }
         }
@@ -134,7 +135,7 @@ impl Restore<'_> {
             let spec = ImageRecord { name: found.name, ..record.clone() }.spec();
             let open = ceph.watchers(&spec).await.map_err(of_ceph)?;
             watchers.extend(open.into_iter().map(|watcher| format!("{spec} is open on {}", watcher.address)));
-            if self.overwrites(status, record) {
+            if self.needs_lock(status, record) {
                 let owners = ceph.lock_owners(&spec).await.map_err(of_ceph)?;
                 locks.extend(
                     owners.into_iter().map(|owner| format!("{spec} is locked by {owner}, which is gone")),
@@ -142,20 +143,18 @@ impl Restore<'_> {
             }
         }
         proofs.push(proof("no client has the image open", watchers, "no watcher"));
-        proofs.push(proof("no client that is gone has left its lock", locks, "no lock that matters"));
+        proofs.push(proof("no client that is gone has left its lock", locks, "no lock"));
         let proven = proofs.iter().all(|proof| proof.holds);
         Ok(if proven { Event::Proven(proofs) } else { Event::Unproven(proofs) })
     }
 
-    /// Whether the restore, as it goes on from here, writes to an image that a client may have left locked. Such a client
-    /// may only be cut off and come back, and then its writes would go there. (After a swap they go into the image that
-    /// was set aside.) Once we have written ourselves, a lock that is left is our own.
-    fn overwrites(&self, status: &RestoreStatus, image: &ImageRecord) -> bool {
-        let incoming = status.incoming.as_ref().is_some_and(|incoming| incoming.id == image.id);
-        match status.method.unwrap_or_default() {
-            Method::Rollback => status.safety_snapshot.is_none(),
-            Method::Swap => incoming && !status.going_back && matches!(self.order.goal, Goal::Undo(_)),
-        }
+    /// Whether a lock that a client has left on the image stands in the way. Renaming an image takes its lock, as rolling
+    /// it back does, and such a client may only be cut off: it has to be fenced before its lock may be broken, which
+    /// takes a right that we do not have. Once we have written ourselves, a lock that is left is our own.
+    fn needs_lock(&self, status: &RestoreStatus, image: &ImageRecord) -> bool {
+        let in_place = status.image.as_ref().is_some_and(|found| found.id == image.id);
+        let undo = matches!(self.order.goal, Goal::Undo(_));
+        !status.going_back && status.safety_snapshot.is_none() && (in_place || undo)
     }
 
     async fn no_pod(&self, claim: &str) -> Result<Proof, Problem> {

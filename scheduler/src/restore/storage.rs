@@ -194,8 +194,12 @@ impl Restore<'_> {
                 Err(error) => return Err(of_ceph(error)),
             }
         }
-        ceph.give_name(image, &image.name).await.map_err(of_ceph)?;
-        self.note(status, image, &image.id).await?;
+        match ceph.give_name(image, &image.name).await {
+            Ok(()) => self.note(status, image, &image.id).await?,
+            // Its volume was deleted meanwhile, with the namespace perhaps: nothing must be held up by that.
+            Err(error) if error.is_not_found() => {}
+            Err(error) => return Err(of_ceph(error)),
+        }
         if matches!(self.order.goal, Goal::Undo(_)) {
             return Ok(());
         }
@@ -213,6 +217,11 @@ impl Restore<'_> {
     }
 
     async fn put_data_back(&mut self, status: &RestoreStatus) -> Result<(), Problem> {
+        match self.ceph().await?.image_by_id(known(&status.image, "image")?).await {
+            Ok(_) => {}
+            Err(error) if error.is_not_found() => return Ok(()),
+            Err(error) => return Err(of_ceph(error)),
+        }
         // It is written down before the first object is overwritten. It stays as long as any safety snapshot: a repeated
         // try needs it.
         if let Some(safety) = &status.safety_snapshot {

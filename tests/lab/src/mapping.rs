@@ -102,7 +102,10 @@ impl Mapping {
             }
         }
         mounts::detach_loop_devices_below(&self.directory)?;
-        mounts::unmount_below(&self.directory)
+        mounts::unmount_below(&self.directory)?;
+        // Without its mount it ends by itself and gives its lock back; a signal in the middle of that leaves the lock.
+        self.client.wait_gone(CLOSE_LIMIT);
+        Ok(())
     }
 }
 
