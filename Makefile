@@ -55,6 +55,33 @@ test-core: ## Tests that need no lab: the pure core, unit tests, the tidy tests
 test-lab: lab-binary ## Tests on real parts: control plane, Ceph, PostgreSQL, virtual-machine nodes
 	tests/lab/run-tests.sh
 
+# Coverage of the branches taken, which libFuzzer steers by; stable Rust can give it, sanitizers it cannot. Only what is
+# built for a named target is compiled with these flags, so that build scripts still run.
+FUZZ_TARGET := x86_64-unknown-linux-gnu
+FUZZ_FLAGS := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
+	-Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares -Cdebug-assertions -Ccodegen-units=1
+# How long each of the two targets is fuzzed.
+FUZZ_SECONDS ?= 600
+# What it has found stays here and is where the next run begins.
+FUZZ_FOUND := $(HOWDAH_CACHE)/fuzz
+
+.PHONY: fuzz
+fuzz: ## Fuzz review bodies and annotations with libFuzzer, FUZZ_SECONDS (600) each
+	for name in reviews annotations; do \
+		mkdir -p $(FUZZ_FOUND)/$$name; \
+		CARGO_TARGET_DIR=$(HOWDAH_CACHE)/fuzz-target RUSTFLAGS="$(FUZZ_FLAGS)" cargo run --release --locked \
+			--target $(FUZZ_TARGET) -p howdah-fuzz --features libfuzzer --bin fuzz-$$name -- \
+			-max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -max_len=65536 -dict=fuzz/words.dict \
+			-artifact_prefix=$(FUZZ_FOUND)/$$name- -print_final_stats=1 $(FUZZ_FOUND)/$$name fuzz/corpus/$$name; \
+	done
+
+# The webhook is built as its image builds it. For a quick look: BENCH_FLAGS="--rounds 1 --paced 2000 --flood 2000 --long 10000 --starts 2".
+.PHONY: bench-admission
+bench-admission: ## Measure the webhook beside a minimal admission server; writes docs/benchmarks/admission.md
+	cargo build --release --locked -p howdah-webhook
+	cargo build --release --locked -p howdah-bench-admission -p howdah-lab
+	$(CARGO_TARGET_DIR)/release/bench-admission $(BENCH_FLAGS)
+
 .PHONY: lab-binary
 lab-binary:
 	cargo build --workspace --bins --locked

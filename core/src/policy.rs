@@ -37,7 +37,7 @@ mod testing;
 pub mod users;
 pub mod volume_layout;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use jiff::Timestamp;
 use jiff::civil::Date;
@@ -302,7 +302,7 @@ impl Subject<'_> {
 }
 
 /// How much a single finding weighs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Weight {
     /// As the rule says.
     Full,
@@ -318,7 +318,7 @@ pub enum Weight {
 }
 
 /// One violation.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Finding {
     /// Path of the field, in the API server's notation.
     pub field: String,
@@ -506,8 +506,9 @@ pub fn mutate(request: &Request<'_>, facts: &ClusterFacts, now: Timestamp) -> Ve
     if request.user.is_some() && floor::is_refused(&judged) {
         floor::mark(&mut edited);
     }
-    let patch = json_patch::diff(object, &edited);
-    verdict.patch = (!patch.0.is_empty()).then_some(patch);
+    if edited != *object {
+        verdict.patch = Some(json_patch::diff(object, &edited));
+    }
     verdict
 }
 
@@ -530,6 +531,7 @@ pub fn validate(request: &Request<'_>, facts: &ClusterFacts, now: Timestamp) -> 
             Check::Step(check) if request.user.is_some() => (check(&subject), Vec::new()),
             Check::Step(_) => continue,
         };
+        let before: HashSet<Finding> = before.into_iter().collect();
         verdict.outcomes.extend(found.into_iter().map(|finding| {
             let (effect, because) = context.weigh(rule, &finding, before.contains(&finding));
             Outcome { rule, finding, effect, because }

@@ -45,6 +45,8 @@ const VOLUME_PAGES_MAX: usize = 20;
 /// Holds a copy of the whole object, which nothing here reads.
 const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 
+/// What is known of the StorageClasses, by name: read once when they change and not for each review.
+type StorageClasses = Arc<RwLock<BTreeMap<String, StorageClass>>>;
 /// The backups that hold their database, by namespace and name.
 type HoldingBackups = Arc<RwLock<BTreeMap<(String, String), HoldingBackup>>>;
 
@@ -55,7 +57,7 @@ pub struct Cluster {
     config: Config,
     protected: Store<StatefulSet>,
     changed: Arc<Notify>,
-    classes: Store<v1::StorageClass>,
+    classes: StorageClasses,
     backups: HoldingBackups,
 }
 
@@ -82,13 +84,13 @@ impl Cluster {
     #[must_use]
     pub fn new(client: Client, config: Config, synced: Gate) -> (Self, Caches) {
         let (protected, protected_writer) = reflector::store();
-        let (classes, classes_writer) = reflector::store();
+        let (_, classes_writer) = reflector::store();
         let cluster = Self {
             client: client.clone(),
             config,
             protected,
             changed: Arc::default(),
-            classes,
+            classes: StorageClasses::default(),
             backups: HoldingBackups::default(),
         };
         let caches = Caches {
@@ -147,9 +149,7 @@ impl Cluster {
         request: &Request<'_>,
         facts: &mut ClusterFacts,
     ) -> Result<(), KubernetesError> {
-        for class in self.classes.state() {
-            facts.storage_classes.insert(class.name_any(), StorageClass::from_json(&raw(class.as_ref())));
-        }
+        facts.storage_classes.clone_from(&self.classes.read().unwrap_or_else(PoisonError::into_inner));
         let mut needed = needed(request);
         let claims = Api::<PersistentVolumeClaim>::namespaced(self.client.clone(), request.namespace);
         for name in needed.claims {
@@ -281,6 +281,7 @@ impl Caches {
         let sets = reflector::reflector(protected, sets.modify(keep_what_is_read));
         let all = watcher::Config::default();
         let list = watcher(Api::<v1::StorageClass>::all(client.clone()), all.clone()).default_backoff();
+        let stored = classes.as_reader();
         let list = reflector::reflector(classes, list.modify(|class| class.managed_fields_mut().clear()));
         let kind = GroupVersionKind::gvk(names::GROUP, names::VERSION, "PostgresBackup");
         let backups = Api::<DynamicObject>::all_with(client, &ApiResource::from_gvk(&kind));
@@ -288,10 +289,10 @@ impl Caches {
         tokio::select! {
             () = shutdown.cancelled() => Ok(()),
             ended = drain(sets, |_| cluster.changed.notify_one()) => Err(ended.context("watch the protected StatefulSets")),
-            ended = drain(list, |_| ()) => Err(ended.context("watch the StorageClasses")),
+            ended = drain(list, keep_classes(stored.clone(), cluster.classes.clone())) => Err(ended.context("watch the StorageClasses")),
             ended = drain(backups, keep_holding(cluster.backups.clone())) => Err(ended.context("watch the PostgresBackups")),
             () = async {
-                let ready = tokio::join!(cluster.protected.wait_until_ready(), cluster.classes.wait_until_ready());
+                let ready = tokio::join!(cluster.protected.wait_until_ready(), stored.wait_until_ready());
                 if ready.0.is_ok() && ready.1.is_ok() {
                     synced.open();
                 }
@@ -349,6 +350,18 @@ fn keep_holding(backups: HoldingBackups) -> impl FnMut(&watcher::Event<DynamicOb
             },
             watcher::Event::Delete(object) => drop(known.remove(&key(object))),
         }
+    }
+}
+
+/// Reads the StorageClasses anew after each change; there are few, and they change rarely.
+fn keep_classes(
+    stored: Store<v1::StorageClass>,
+    known: StorageClasses,
+) -> impl FnMut(&watcher::Event<v1::StorageClass>) {
+    move |_| {
+        let read = |class: &v1::StorageClass| (class.name_any(), StorageClass::from_json(&raw(class)));
+        let classes = stored.state().iter().map(|class| read(class)).collect();
+        *known.write().unwrap_or_else(PoisonError::into_inner) = classes;
     }
 }
 

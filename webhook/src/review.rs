@@ -10,6 +10,8 @@ use serde_json::{Value, json};
 
 /// The one version of the API that is spoken.
 const API_VERSION: &str = "admission.k8s.io/v1";
+/// Longest description of what is wrong: it may quote what was sent, and goes into the log.
+const PROBLEM_CHARS_MAX: usize = 300;
 /// What the API server calls a review.
 const KIND: &str = "AdmissionReview";
 /// Every resource that the webhook configurations send: API group, resource and sub-resource.
@@ -122,36 +124,38 @@ struct WireOptions {
     grace_period_seconds: Option<i64>,
 }
 
+/// The whole body. The objects in it are read into raw JSON once and not copied again.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct WireReview {
+    api_version: String,
+    kind: String,
+    request: WireRequest,
+}
+
+impl Malformed {
+    fn new(uid: Option<String>, problem: &str) -> Self {
+        Self { uid, problem: problem.chars().take(PROBLEM_CHARS_MAX).collect() }
+    }
+}
+
 /// Reads a body.
 ///
 /// # Errors
 /// If it is no AdmissionReview of v1, or asks about something the webhook configurations do not send.
 pub fn decode(body: &[u8]) -> Result<Review, Malformed> {
-    let nameless = |problem: String| Malformed { uid: None, problem };
-    let mut review: Value =
-        serde_json::from_slice(body).map_err(|error| nameless(format!("the body is no JSON: {error}")))?;
-    let uid = review["request"]["uid"].as_str().filter(|uid| !uid.is_empty()).map(str::to_owned);
-    let malformed = |problem: String| Malformed { uid: uid.clone(), problem };
-    for (field, wanted) in [("apiVersion", API_VERSION), ("kind", KIND)] {
-        if review[field] != wanted {
-            return Err(malformed(format!("{field} is {}, wanted {wanted}", shown(&review[field]))));
+    let WireReview { api_version, kind, request } =
+        serde_json::from_slice(body).map_err(|error| what_is_wrong(body, &error))?;
+    let uid = Some(request.uid).filter(|uid| !uid.is_empty());
+    let malformed = |problem: String| Malformed::new(uid.clone(), &problem);
+    for (field, found, wanted) in [("apiVersion", api_version, API_VERSION), ("kind", kind, KIND)] {
+        if found != wanted {
+            return Err(malformed(format!("{field} is {found:?}, wanted {wanted}")));
         }
     }
-    let request = match review.get_mut("request") {
-        Some(request @ Value::Object(_)) => request.take(),
-        other => {
-            return Err(malformed(format!(
-                "request is {}, wanted an object",
-                shown(other.as_deref().unwrap_or(&Value::Null))
-            )));
-        }
-    };
-    let request: WireRequest = serde_json::from_value(request)
-        .map_err(|error| malformed(format!("request cannot be read: {error}")))?;
     let Some(uid) = uid.clone() else {
         return Err(malformed("request.uid is absent; without it there is no answer".to_owned()));
     };
-    debug_assert_eq!(uid, request.uid);
     let asked =
         (request.resource.group.as_str(), request.resource.resource.as_str(), request.sub_resource.as_str());
     let known = RESOURCES.iter().find(|(_, group, resource, sub)| (*group, *resource, *sub) == asked);
@@ -199,6 +203,30 @@ pub fn decode(body: &[u8]) -> Result<Review, Malformed> {
         object,
         old_object,
     })
+}
+
+/// Says what is wrong with a body that cannot be read as a whole, piece by piece, and finds its uid if it has one.
+fn what_is_wrong(body: &[u8], error_of_the_whole: &serde_json::Error) -> Malformed {
+    let mut review: Value = match serde_json::from_slice(body) {
+        Ok(review) => review,
+        Err(error) => return Malformed::new(None, &format!("the body is no JSON: {error}")),
+    };
+    let uid = review["request"]["uid"].as_str().filter(|uid| !uid.is_empty()).map(str::to_owned);
+    for (field, wanted) in [("apiVersion", API_VERSION), ("kind", KIND)] {
+        if review[field] != wanted {
+            let problem = format!("{field} is {}, wanted {wanted}", shown(&review[field]));
+            return Malformed::new(uid, &problem);
+        }
+    }
+    let problem = match review["request"].take() {
+        request @ Value::Object(_) => {
+            // Repeated fields are all that only the whole shows.
+            let error = serde_json::from_value::<WireRequest>(request).err();
+            format!("request cannot be read: {}", error.as_ref().unwrap_or(error_of_the_whole))
+        }
+        other => format!("request is {}, wanted an object", shown(&other)),
+    };
+    Malformed::new(uid, &problem)
 }
 
 /// The answer that carries a verdict.

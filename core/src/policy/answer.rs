@@ -12,18 +12,22 @@ use super::{Cause, Effect, Outcome, Refusal, Request, Target, Verdict, Weight};
 pub const WARNING_CHARS_MAX: usize = 120;
 /// Most warnings in one answer; with [`WARNING_CHARS_MAX`] they stay below the API server's limit for all of them.
 pub const WARNINGS_MAX: usize = 20;
+/// Most findings that one answer explains: nobody reads more at a time, and a made-up object can have tens of thousands.
+const EXPLAINED_MAX: usize = 20;
 /// Longest value quoted in a message: a denial has to stay readable on a terminal.
 const QUOTED_CHARS_MAX: usize = 200;
 
 /// Turns the outcomes into message, code, warnings, causes and audit annotations.
 pub(super) fn conclude(verdict: &mut Verdict, governing: &Value, request: &Request<'_>) {
     let mut denials = Vec::new();
+    let mut unexplained = 0;
     let mut audit: BTreeMap<&'static str, Vec<String>> = BTreeMap::new();
     for outcome in &verdict.outcomes {
         let (rule, finding) = (outcome.rule, &outcome.finding);
         let found = quoted(&finding.found);
         let because = outcome.because.as_deref().map(|clause| format!(" ({clause})")).unwrap_or_default();
         match outcome.effect {
+            Effect::Deny if denials.len() >= EXPLAINED_MAX => unexplained += 1,
             Effect::Deny => {
                 denials.push(explain(outcome));
                 let message = format!("{}: found {found}, wanted {}", rule.id, finding.wanted);
@@ -43,7 +47,12 @@ pub(super) fn conclude(verdict: &mut Verdict, governing: &Value, request: &Reque
             Effect::Warn | Effect::Audit | Effect::Exempt | Effect::Open => {}
         }
         let key = if outcome.effect == Effect::Exempt { "exempt" } else { "violations" };
-        audit.entry(key).or_default().push(format!("{}: {} is {found}{because}", rule.id, finding.field));
+        let lines = audit.entry(key).or_default();
+        match lines.len() {
+            ..EXPLAINED_MAX => lines.push(format!("{}: {} is {found}{because}", rule.id, finding.field)),
+            EXPLAINED_MAX => lines.push("and more".to_owned()),
+            _ => {}
+        }
     }
     verdict.audit_annotations =
         audit.into_iter().map(|(key, lines)| (key.to_owned(), lines.join("; "))).collect();
@@ -56,11 +65,14 @@ pub(super) fn conclude(verdict: &mut Verdict, governing: &Value, request: &Reque
     let asked = Some(request.name).filter(|name| !name.is_empty() && request.target == Target::StatefulSet);
     let name = raw::string(governing, &["metadata", "name"]).or(asked).unwrap_or("(generated name)");
     let namespace = request.namespace;
-    let count = denials.len();
+    let count = denials.len() + unexplained;
     let findings = if count == 1 { "finding" } else { "findings" };
     verdict.message = format!("howdah protects {kind} {namespace}/{name}: {count} {findings}");
     for denial in denials {
         let _ = write!(verdict.message, "\n{denial}");
+    }
+    if unexplained > 0 {
+        let _ = write!(verdict.message, "\nand {unexplained} more");
     }
 }
 

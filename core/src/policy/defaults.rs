@@ -1,5 +1,7 @@
 //! What howdah writes into a StatefulSet: what its rules fill in on creation, and nothing of its own on a change.
 
+use std::collections::BTreeMap;
+
 use jiff::civil::Date;
 use serde_json::{Value, json};
 
@@ -42,10 +44,11 @@ fn stamp_label(object: &mut Value) {
 /// restarts the database.
 pub(super) fn on_update(object: &mut Value, old: &Value) {
     let name = |claim: &Value| raw::string(claim, &["metadata", "name"]).map(str::to_owned);
+    // By name, because there may be very many; of several with one name the first counts.
+    let old = raw::list(old, &["spec", "volumeClaimTemplates"]).iter().rev();
+    let old: BTreeMap<String, &Value> = old.filter_map(|claim| Some((name(claim)?, claim))).collect();
     for claim in claim_templates(object) {
-        let before =
-            raw::list(old, &["spec", "volumeClaimTemplates"]).iter().find(|old| name(old) == name(claim));
-        let Some(before) = before else { continue };
+        let Some(before) = name(claim).and_then(|name| old.get(&name).copied()) else { continue };
         let label = raw::at(before, &["metadata", "labels", names::PROTECT_LABEL]);
         if let Some(label) =
             label.filter(|_| raw::at(claim, &["metadata", "labels", names::PROTECT_LABEL]).is_none())

@@ -22,6 +22,7 @@ pub mod process;
 pub mod progress;
 pub mod repository;
 pub mod requirements;
+pub mod reviews;
 pub mod status;
 pub mod storage;
 pub mod story;

@@ -434,8 +434,9 @@ pub fn lab_binary() -> Result<Command> {
     {
         Command::new(SELF)
     } else {
-        let built = own.parent().and_then(Path::parent).map(|directory| directory.join("howdah-lab"));
-        let built = built.filter(|path| path.is_file()).with_context(|| {
+        // A test is one folder below the binaries, a program stands beside them.
+        let mut beside = own.ancestors().skip(1).take(2).map(|directory| directory.join("howdah-lab"));
+        let built = beside.find(|path| path.is_file()).with_context(|| {
             format!("find howdah-lab beside {}; build it: cargo build -p howdah-lab", own.display())
         })?;
         Command::new(built)

@@ -49,6 +49,8 @@ fn dependencies_point_one_way() {
         ("howdah-scheduler", &["howdah-core", "howdah-adapters"][..]),
         ("howdah-cli", &["howdah-core", "howdah-adapters"][..]),
         ("howdah-lab", &["howdah-core", "howdah-adapters"][..]),
+        ("howdah-fuzz", &["howdah-core", "howdah-webhook"][..]),
+        ("howdah-bench-admission", &["howdah-lab"][..]),
         ("howdah-tidy", &[][..]),
     ]);
     for (package, edges) in member_edges(&metadata()) {

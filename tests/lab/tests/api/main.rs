@@ -12,5 +12,6 @@ mod lifecycle;
 mod policy;
 mod rbac;
 mod records;
+mod rotation;
 mod scene;
 mod webhook;

@@ -12,20 +12,18 @@ use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use howdah_lab::lab::Lab;
 use howdah_lab::netns;
 use howdah_lab::repository;
+use howdah_lab::reviews::{self, Tls};
 use howdah_lab::testing::{Process, TempNamespace, shared_name};
 use kube::Client;
 use kube::client::Body;
 use kube::core::Request;
 use nix::sys::signal::Signal;
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use serde::Deserialize as _;
 use serde_json::{Value, json};
 
@@ -318,6 +316,15 @@ impl Webhook {
         self.wait_ready();
     }
 
+    /// Has a replica end as a rollout does it, and starts it again at the same address; returns once it is ready.
+    pub fn roll(&mut self, index: usize) {
+        let process = self.replicas[index].process.as_mut().unwrap();
+        process.signal(Signal::SIGTERM).unwrap();
+        assert!(process.wait_gone(READY_LIMIT), "replica {index} does not end");
+        self.replicas[index] = self.spawn(index, Some(self.replicas[index].reviews));
+        self.wait_ready();
+    }
+
     /// The folder of a replica in /proc.
     pub fn proc(&self, index: usize) -> PathBuf {
         let pid = self.replicas[index].process.as_ref().and_then(Process::pid).unwrap();
@@ -505,7 +512,7 @@ fn port_that_is_free() -> SocketAddr {
 }
 
 /// A plain HTTP GET; `None` when nobody answers.
-fn plain_get(address: SocketAddr, path: &str) -> Option<String> {
+pub fn plain_get(address: SocketAddr, path: &str) -> Option<String> {
     let mut stream = TcpStream::connect_timeout(&address, REQUEST_LIMIT).ok()?;
     stream.set_read_timeout(Some(REQUEST_LIMIT)).ok()?;
     write!(stream, "GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n").ok()?;
@@ -513,9 +520,6 @@ fn plain_get(address: SocketAddr, path: &str) -> Option<String> {
     stream.read_to_string(&mut answer).ok()?;
     Some(answer)
 }
-
-/// A TLS connection from inside the lab.
-pub type Tls = rustls::StreamOwned<rustls::ClientConnection, TcpStream>;
 
 /// A new TCP connection from inside the lab.
 pub fn tcp_connect(lab: &Lab, address: SocketAddr) -> std::io::Result<TcpStream> {
@@ -534,26 +538,9 @@ pub fn tls_connect(
     bundle: &str,
     identity: Option<(&str, &str)>,
 ) -> std::io::Result<Tls> {
-    let mut roots = rustls::RootCertStore::empty();
-    for certificate in CertificateDer::pem_slice_iter(bundle.as_bytes()) {
-        roots.add(certificate.map_err(std::io::Error::other)?).map_err(std::io::Error::other)?;
-    }
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(std::io::Error::other)?
-        .with_root_certificates(roots);
-    let config = match identity {
-        None => config.with_no_client_auth(),
-        Some((certificate, key)) => {
-            let certificate = CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap();
-            let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
-            config.with_client_auth_cert(vec![certificate], key).map_err(std::io::Error::other)?
-        }
-    };
-    let name = ServerName::from(std::net::IpAddr::from(netns::BRIDGE_ADDRESS));
-    let session = rustls::ClientConnection::new(Arc::new(config), name).map_err(std::io::Error::other)?;
-    Ok(rustls::StreamOwned::new(session, tcp_connect(lab, address)?))
+    let trust = reviews::trust(bundle, identity).map_err(std::io::Error::other)?;
+    let connected = netns::within(lab, || reviews::connect(address, trust)).map_err(std::io::Error::other)?;
+    connected.map_err(std::io::Error::other)
 }
 
 /// The head of a POST with a body of this length, after which the connection is closed.
