@@ -236,7 +236,6 @@ fn acknowledged(ledger: &Process) -> Vec<u32> {
 }
 
 #[test]
-#[ignore = "passed up to its last undo, which met the lock of an rbd-fuse that was ended too early; not run since that was mended"]
 fn a_swap_under_load_holds_every_row_of_the_backup_and_is_undone_to_the_last_row() {
     let stage = Stage::shared();
     stage.grant();
@@ -302,7 +301,6 @@ fn a_swap_under_load_holds_every_row_of_the_backup_and_is_undone_to_the_last_row
 }
 
 #[test]
-#[ignore = "never run yet"]
 fn a_restore_ends_the_same_in_whatever_phase_its_scheduler_is_killed() {
     let stage = Stage::alone();
     stage.grant();
@@ -341,7 +339,6 @@ fn a_restore_ends_the_same_in_whatever_phase_its_scheduler_is_killed() {
 }
 
 #[test]
-#[ignore = "never run yet"]
 fn a_rollback_is_completed_by_the_next_scheduler_and_can_be_undone() {
     let stage = Stage::alone();
     stage.grant();
