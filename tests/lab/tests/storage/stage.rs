@@ -485,13 +485,18 @@ fn stateful_set(name: &str, major: u32, annotations: &Value, place: &Place, root
     ]})
 }
 
+/// Applies the custom resource definitions.
+pub fn install_definitions(lab: &Lab) {
+    let definitions = format!("--filename={}", repository::root().join("deploy/base/crds").display());
+    lab.kubectl_ok(&["apply", "--server-side", "--force-conflicts", &definitions]).unwrap();
+}
+
 /// Applies the parts of deploy/ that the scheduler needs, once for each run.
 fn install(lab: &Lab) {
     static DONE: OnceLock<()> = OnceLock::new();
     DONE.get_or_init(|| {
         let parts = [
             "deploy/base/namespace.yaml",
-            "deploy/base/crds",
             "deploy/base/scheduler-rbac.yaml",
             "deploy/base/credentials-clusterrole.yaml",
             "deploy/overlays/rook/ceph-rbac.yaml",
@@ -501,6 +506,7 @@ fn install(lab: &Lab) {
         let apply = ["apply", "--server-side", "--force-conflicts"];
         let arguments: Vec<&str> = apply.into_iter().chain(parts.iter().map(String::as_str)).collect();
         lab.kubectl_ok(&arguments).unwrap();
+        install_definitions(lab);
         let secret = ["-n", "rook-ceph", "get", "secret", "rook-ceph-client-howdah-backup"];
         assert!(wait_slowly(KEY_LIMIT, || lab.kubectl_ok(&secret).is_ok()), "Rook's glue made no key");
     });
