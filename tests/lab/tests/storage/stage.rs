@@ -405,6 +405,14 @@ impl Database<'_> {
         self.stage.apply(&order);
     }
 
+    /// The addresses of the clients that have the image open.
+    pub fn clients(&self) -> Vec<String> {
+        let text = self.stage.lab.rbd(&["status", "--format", "json", &self.image]).unwrap();
+        let status: Value = serde_json::from_str(&text).unwrap();
+        let watchers = status["watchers"].as_array().unwrap().iter();
+        watchers.map(|watcher| watcher["address"].as_str().unwrap().to_owned()).collect()
+    }
+
     /// The names of the snapshots of users.
     pub fn snapshots(&self) -> Vec<String> {
         let text = self.stage.lab.rbd(&["snap", "ls", "--format", "json", &self.image]).unwrap();
