@@ -7,6 +7,7 @@
 
 mod images;
 mod journal;
+mod place;
 mod runner;
 
 use std::collections::BTreeMap;
@@ -19,6 +20,7 @@ use thiserror::Error;
 
 pub use images::{Parent, ROLLBACK_LIMIT};
 pub use journal::IMAGE_ID_KEY;
+pub use place::{CephPlace, CephRunner, ConnectError};
 pub use runner::{CephAccess, LocalRunner, Runner, ToolboxRunner, mon_host_from_rook};
 
 /// How long a read may take. A healthy one takes half a second, most of it connecting; on busy
@@ -266,6 +268,14 @@ impl Ceph {
     /// See [`CephError`].
     pub async fn info(&self, image: &str) -> Result<ImageInfo, CephError> {
         self.read(&["info", spec(image)?], &format!("read the image {image}")).await
+    }
+
+    /// The names of the images of a pool, or of a rados namespace of it: `pool` or `pool/namespace`.
+    ///
+    /// # Errors
+    /// See [`CephError`].
+    pub async fn images(&self, pool: &str) -> Result<Vec<String>, CephError> {
+        self.read(&["ls", part(pool)?], &format!("list the images of {pool}")).await
     }
 
     /// Who has the image open for writing.

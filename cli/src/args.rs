@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use howdah_adapters::ceph::CephRunner;
 use howdah_core::annotations::Consistency;
 use howdah_core::restore::Method;
 
@@ -32,6 +33,9 @@ pub enum Command {
     /// Exit codes: 0 the backup is taken (without --wait: ordered), 1 it was refused or failed, 3 it goes on but was not
     /// over within --timeout-seconds.
     Backup(BackupArgs),
+    /// The second copy of the records, in the metadata of the RBD images.
+    #[command(subcommand)]
+    Catalog(CatalogCommand),
     /// Show which backups of a database its retention policy keeps, and why.
     Prune(PruneArgs),
     /// Restore a database in place from a backup; `restore undo` takes that back.
@@ -81,6 +85,37 @@ pub struct BackupArgs {
     /// How long to wait; a backup tries for half an hour before it fails.
     #[arg(long, requires = "wait", default_value_t = 2400)]
     pub timeout_seconds: u64,
+}
+
+/// What can be done with the catalogue.
+#[derive(Debug, Subcommand)]
+pub enum CatalogCommand {
+    /// Bring lost records of backups back; those that are there stay as they are, and no snapshot is touched.
+    Rebuild(RebuildArgs),
+}
+
+/// Arguments of `catalog rebuild`.
+#[derive(Debug, clap::Args)]
+pub struct RebuildArgs {
+    /// The StatefulSet whose backups are wanted; every image of its pool is looked at.
+    #[arg(value_name = "NAMESPACE/NAME", required_unless_present = "pool", conflicts_with = "pool")]
+    pub target: Option<String>,
+    /// Bring back everything that is in this pool: POOL or POOL/RADOS-NAMESPACE.
+    #[arg(long, value_name = "POOL")]
+    pub pool: Option<String>,
+    /// Where the rbd command runs: `toolbox`, in the pod of Rook's, or `local`, on this machine, which then has to reach
+    /// Ceph.
+    #[arg(long, default_value = "toolbox")]
+    pub ceph_runner: CephRunner,
+    /// Namespace of the Secret with the Ceph key, of the monitors' addresses, and of the toolbox.
+    #[arg(long, default_value = "rook-ceph")]
+    pub ceph_namespace: String,
+    /// The Ceph user that snapshots.
+    #[arg(long, default_value = "howdah-backup")]
+    pub ceph_user: String,
+    /// Only show what would be brought back.
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 /// Arguments of `prune`.
@@ -177,6 +212,19 @@ mod tests {
     fn a_class_that_does_not_exist_is_refused() {
         assert!(Args::try_parse_from(["x", "backup", "db", "--consistency", "online", "--wait"]).is_ok());
         assert!(Args::try_parse_from(["x", "backup", "db", "--consistency", "best"]).is_err());
+    }
+
+    #[test]
+    fn a_rebuild_is_of_a_set_or_of_a_pool() {
+        let parses = |arguments: &[&str]| {
+            Args::try_parse_from([&["x", "catalog", "rebuild"], arguments].concat()).is_ok()
+        };
+        assert!(parses(&["shop/db"]) && parses(&["--pool", "p", "--ceph-runner", "local", "--dry-run"]));
+        assert!(
+            !parses(&[])
+                && !parses(&["shop/db", "--pool", "p"])
+                && !parses(&["shop/db", "--ceph-runner", "x"])
+        );
     }
 
     #[test]

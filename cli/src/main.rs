@@ -2,6 +2,7 @@
 
 mod args;
 mod backup;
+mod catalog;
 mod lint;
 mod protect;
 mod prune;
@@ -16,7 +17,7 @@ use clap::Parser as _;
 use howdah_adapters::kubernetes::connect;
 use howdah_adapters::shutdown::install_crypto_provider;
 
-use args::{Args, Command};
+use args::{Args, CatalogCommand, Command};
 
 /// Exit code of a command that stopped waiting for what goes on; 2 is clap's.
 const STILL_RUNNING: u8 = 3;
@@ -50,6 +51,9 @@ async fn run(Args { kubeconfig, command }: Args) -> anyhow::Result<(String, Exit
         Command::Protect(arguments) if arguments.dry_run => protect::manifest(&arguments),
         Command::Protect(arguments) => protect::run(client().await?, arguments).await,
         Command::Backup(arguments) => backup::run(client().await?, arguments).await,
+        Command::Catalog(CatalogCommand::Rebuild(arguments)) => {
+            catalog::rebuild(client().await?, arguments).await
+        }
         Command::Prune(arguments) => prune::run(client().await?, arguments).await,
         Command::Restore(arguments) => restore::run(client().await?, arguments).await,
     }?;

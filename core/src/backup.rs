@@ -11,6 +11,9 @@
 //!                 v                v                  v                   v
 //!          Waiting | Failed <----------------------- Undoing <------------+ -> Stuck
 //! ```
+//! Where the pool has no room the preflight leads to `Pruning` and from there to `Waiting`: what retention gives up goes
+//! before anything is added.
+//!
 //! The place of verification (a restore drill) is between `Recording` and `Pruning`; it is not built yet.
 //!
 //! PostgreSQL leaves backup mode when the session ends (`backup.sgml`), so a process that dies, or drops the

@@ -2,16 +2,24 @@
 //!
 //! Whoever loses etcd still has the volumes, and each volume says what its snapshots are.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::annotations::Consistency;
-use crate::backup::{BackupStatus, Trigger};
+use crate::backup::{
+    BackupStatus, CONDITION_CATALOGUED, Condition, ImageRecord, Phase, SnapshotRecord, Trigger,
+};
+use crate::names;
 
 /// Version of the format of [`Entry`].
 const FORMAT: u32 = 1;
 /// Longest entry: what one value of the metadata holds without trouble (`rbd image-meta` passes it as an argument).
 pub const ENTRY_MAX: usize = 16 * 1024;
+
+/// Condition: the record was written anew from the catalogue.
+pub const CONDITION_REBUILT: &str = "Rebuilt";
 
 /// What the catalogue keeps of one backup.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +39,9 @@ pub struct Entry {
     pub trigger: Trigger,
     /// Its class.
     pub consistency: Consistency,
+    /// When it was recorded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub taken_at: Option<Timestamp>,
     /// Name of the snapshot.
     pub snapshot: String,
     /// Id of the snapshot.
@@ -61,7 +72,7 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// The entry of a backup whose snapshot was taken; `None` when its record lacks the snapshot.
+    /// The entry of a backup whose snapshot was taken by `now`; `None` when its record lacks the snapshot.
     #[must_use]
     pub fn of(
         namespace: &str,
@@ -69,6 +80,7 @@ impl Entry {
         backup: &str,
         trigger: Trigger,
         status: &BackupStatus,
+        now: Timestamp,
     ) -> Option<Self> {
         let snapshot = status.snapshot.as_ref()?;
         Some(Self {
@@ -79,6 +91,7 @@ impl Entry {
             slot: status.slot?,
             trigger,
             consistency: status.consistency?,
+            taken_at: Some(now),
             snapshot: snapshot.name.clone(),
             snapshot_id: snapshot.id,
             image_id: status.image.as_ref()?.id.clone(),
@@ -122,10 +135,116 @@ impl Entry {
     }
 }
 
+/// What an image's metadata says of one of its snapshots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Found {
+    /// A backup.
+    Backup(Box<Rebuilt>),
+    /// Nothing that could be brought back.
+    Nothing {
+        /// The name of the snapshot.
+        snapshot: String,
+        /// Why not.
+        reason: String,
+    },
+}
+
+/// The record of a backup, as far as the catalogue has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rebuilt {
+    /// The entry.
+    pub entry: Entry,
+    /// The status: steps and timings are lost, the evidence is not.
+    pub status: BackupStatus,
+    /// Why it was held, if it was.
+    pub hold: Option<String>,
+}
+
+/// Reads the catalogue of `image` against the snapshots that it has.
+///
+/// Snapshots that howdah did not take are not looked at. Entries of another image are passed over: a clone carries a copy
+/// of its parent's metadata. The image may have another name by now (a restore renames it); its id does not change.
+#[must_use]
+pub fn read(
+    image: &ImageRecord,
+    snapshots: &[SnapshotRecord],
+    metadata: &BTreeMap<String, String>,
+    now: Timestamp,
+) -> Vec<Found> {
+    let nothing = |snapshot: &str, reason: String| Found::Nothing { snapshot: snapshot.to_owned(), reason };
+    let mut found = Vec::new();
+    for (key, value) in metadata {
+        let Some(snapshot) = key.strip_prefix(names::IMAGE_META_PREFIX) else { continue };
+        let entry = match Entry::from_value(value) {
+            Ok(entry) => entry,
+            Err(error) => {
+                found.push(nothing(snapshot, error));
+                continue;
+            }
+        };
+        if entry.image_id != image.id {
+            continue;
+        }
+        let own = snapshots.iter().find(|own| own.id == entry.snapshot_id && own.name == entry.snapshot);
+        let Some(own) = own.filter(|own| own.name == snapshot) else {
+            found.push(nothing(snapshot, "the snapshot itself is gone".to_owned()));
+            continue;
+        };
+        let hold = metadata.get(&names::hold_meta_key(snapshot));
+        // Whatever stands there, it is a hold.
+        let hold = hold.map(|hold| serde_json::from_str(hold).unwrap_or_else(|_| hold.clone()));
+        let status = entry.status(image, own, now);
+        found.push(Found::Backup(Box::new(Rebuilt { entry, status, hold })));
+    }
+    for snapshot in snapshots.iter().filter(|own| names::slot_of_snapshot(&own.name).is_some()) {
+        if !metadata.contains_key(&names::image_meta_key(&snapshot.name)) {
+            let reason = "it has no entry: the backup was not completed".to_owned();
+            found.push(nothing(&snapshot.name, reason));
+        }
+    }
+    found
+}
+
+impl Entry {
+    /// The status of the backup that this is the entry of.
+    fn status(&self, image: &ImageRecord, snapshot: &SnapshotRecord, now: Timestamp) -> BackupStatus {
+        let condition = |kind: &str, reason: &str, message: &str| Condition {
+            kind: kind.to_owned(),
+            status: "True".to_owned(),
+            reason: reason.to_owned(),
+            message: message.to_owned(),
+            last_transition_time: now,
+        };
+        BackupStatus {
+            phase: Phase::Taken,
+            consistency: Some(self.consistency),
+            slot: Some(self.slot),
+            finished_at: Some(self.taken_at.unwrap_or(self.slot)),
+            image: Some(image.clone()),
+            snapshot: Some(snapshot.clone()),
+            postgres_version: self.postgres_version.clone(),
+            system_identifier: self.system_identifier.clone(),
+            timeline: self.timeline,
+            start_lsn: self.start_lsn.clone(),
+            stop_lsn: self.stop_lsn.clone(),
+            label: self.label.clone(),
+            spcmap: self.spcmap.clone(),
+            conditions: vec![
+                condition(CONDITION_CATALOGUED, "Written", "the image carries the catalogue entry"),
+                condition(
+                    CONDITION_REBUILT,
+                    "FromTheImage",
+                    "the record was written anew from the image's metadata; steps and timings are lost",
+                ),
+            ],
+            ..BackupStatus::default()
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backup::{ImageRecord, SnapshotRecord};
     use proptest::prelude::*;
 
     fn status() -> BackupStatus {
@@ -145,8 +264,12 @@ mod tests {
         }
     }
 
+    fn now() -> Timestamp {
+        "2026-11-22T03:00:05Z".parse().unwrap()
+    }
+
     fn entry(status: &BackupStatus) -> Option<Entry> {
-        Entry::of("shop", "pg", "pg-20261122030000", Trigger::Schedule, status)
+        Entry::of("shop", "pg", "pg-20261122030000", Trigger::Schedule, status, now())
     }
 
     #[test]
@@ -166,6 +289,73 @@ mod tests {
         let written = entry(&BackupStatus { spcmap: long.clone(), ..status() }).unwrap().to_value().unwrap();
         assert_eq!(Entry::from_value(&written).unwrap().spcmap, None);
         assert!(entry(&BackupStatus { label: long, ..status() }).unwrap().to_value().is_err());
+    }
+
+    fn image(id: &str) -> ImageRecord {
+        ImageRecord {
+            pool: "replicapool".to_owned(),
+            rados_namespace: String::new(),
+            // Renamed since.
+            name: "howdah-safety-1".to_owned(),
+            id: id.to_owned(),
+        }
+    }
+
+    /// The metadata of an image with the entry of [`status`], a hold on it, and what others left there.
+    fn metadata() -> BTreeMap<String, String> {
+        let snapshot = "howdah-20261122T030000Z";
+        let entry = entry(&status()).unwrap().to_value().unwrap();
+        [
+            (names::image_meta_key(snapshot), entry),
+            (names::hold_meta_key(snapshot), r#""before the upgrade""#.to_owned()),
+            ("csi.storage.k8s.io/pv/name".to_owned(), "pvc-1".to_owned()),
+        ]
+        .into()
+    }
+
+    fn snapshots() -> Vec<SnapshotRecord> {
+        let snapshot = |name: &str, id| SnapshotRecord { name: name.to_owned(), id, size: 1 };
+        vec![snapshot("before-upgrade", 3), snapshot("howdah-20261122T030000Z", 4)]
+    }
+
+    #[test]
+    fn a_backup_is_read_back_with_its_class_and_evidence_under_the_images_present_name() {
+        let found = read(&image("1a2b"), &snapshots(), &metadata(), now());
+        let [Found::Backup(rebuilt)] = &found[..] else { panic!("{found:?}") };
+        assert_eq!(rebuilt.hold.as_deref(), Some("before the upgrade"));
+        let (read, written) = (&rebuilt.status, status());
+        assert_eq!((read.phase, read.consistency), (Phase::Taken, Some(Consistency::Online)));
+        assert_eq!(
+            (&read.label, &read.slot, &read.snapshot),
+            (&written.label, &written.slot, &written.snapshot)
+        );
+        assert_eq!(read.image, Some(image("1a2b")));
+        assert_eq!(read.finished_at, Some(now()));
+    }
+
+    #[test]
+    fn the_copy_that_a_clone_carries_is_passed_over() {
+        assert!(read(&image("9f9f"), &[], &metadata(), now()).is_empty());
+    }
+
+    #[test]
+    fn what_cannot_be_brought_back_says_why() {
+        let mut metadata = metadata();
+        metadata.insert(names::image_meta_key("howdah-20261123T030000Z"), "{}".to_owned());
+        let unfinished = SnapshotRecord { name: "howdah-20261124T030000Z".to_owned(), id: 9, size: 1 };
+        // A snapshot of the same name that was taken again is another one.
+        let again = SnapshotRecord { name: "howdah-20261122T030000Z".to_owned(), id: 8, size: 1 };
+        let found = read(&image("1a2b"), &[again, unfinished], &metadata, now());
+        let reasons: Vec<&str> = found
+            .iter()
+            .map(|found| match found {
+                Found::Nothing { reason, .. } => reason.as_str(),
+                Found::Backup(_) => "a backup",
+            })
+            .collect();
+        assert_eq!(reasons[0], "the snapshot itself is gone");
+        assert!(reasons[1].starts_with("read the entry"), "{reasons:?}");
+        assert!(reasons.len() == 3 && reasons[2].contains("not completed"), "{reasons:?}");
     }
 
     #[test]

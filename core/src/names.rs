@@ -80,6 +80,9 @@ pub const RESUME_UNDO: &str = "undo";
 /// Finalizer on a `PostgresRestore` while its gate is closed: a record that is deleted then is a request to put
 /// everything back first.
 pub const RESTORE_FINALIZER: &str = "howdah.dev/restore";
+/// Annotation on a `PostgresBackup`: the record was brought back from the catalogue. Without a status it is not yet whole,
+/// and no order for a backup.
+pub const REBUILT: &str = "howdah.dev/rebuilt";
 /// Label on a `PostgresBackup` or `PostgresRestore`: the StatefulSet it belongs to.
 pub const DATABASE_LABEL: &str = "howdah.dev/database";
 
@@ -91,6 +94,9 @@ pub const MANUAL_SNAPSHOT_PREFIX: &str = "howdah-m-";
 pub const SAFETY_SNAPSHOT_PREFIX: &str = "howdah-pre-restore-";
 /// Prefix of the keys under which the catalogue stands in the metadata of an RBD image.
 pub const IMAGE_META_PREFIX: &str = "howdah.dev/backup/";
+
+/// Prefix of the keys under which holds stand there a second time.
+pub const HOLD_META_PREFIX: &str = "howdah.dev/hold/";
 
 /// Longest name of a Kubernetes object (a DNS subdomain).
 const OBJECT_NAME_MAX: usize = 253;
@@ -157,6 +163,12 @@ pub fn gate_of_restore(restore: &str) -> String {
 #[must_use]
 pub fn image_meta_key(snapshot: &str) -> String {
     format!("{IMAGE_META_PREFIX}{snapshot}")
+}
+
+/// Key of the second copy of the hold on `snapshot` in the metadata of its image.
+#[must_use]
+pub fn hold_meta_key(snapshot: &str) -> String {
+    format!("{HOLD_META_PREFIX}{snapshot}")
 }
 
 #[cfg(test)]

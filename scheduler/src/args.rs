@@ -3,7 +3,8 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
+use howdah_adapters::ceph::CephRunner;
 use howdah_adapters::telemetry::LogFormat;
 
 /// Backs up protected PostgreSQL StatefulSets on their schedule, and prunes old backups.
@@ -31,7 +32,7 @@ pub struct Args {
     /// Backups that may be under way at the same time in the whole cluster.
     #[arg(long, env = "HOWDAH_CONCURRENCY", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub concurrency: u16,
-    /// Where the rbd command runs.
+    /// Where the rbd command runs: `local`, in the scheduler's own container, or `toolbox`, in the pod of Rook's.
     #[arg(long, env = "HOWDAH_CEPH_RUNNER", default_value = "local")]
     pub ceph_runner: CephRunner,
     /// Namespace of the Secret with the Ceph key, of the monitors' addresses, and of the toolbox.
@@ -46,13 +47,4 @@ pub struct Args {
     /// Which log lines are written, as `info` or `info,howdah_scheduler=debug`.
     #[arg(long, env = "HOWDAH_LOG", default_value = "info")]
     pub log: String,
-}
-
-/// Where the rbd command runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum CephRunner {
-    /// In the scheduler's own container.
-    Local,
-    /// In the pod of Rook's toolbox.
-    Toolbox,
 }

@@ -4,9 +4,7 @@ pub mod preflight;
 
 use std::time::Duration;
 
-use howdah_adapters::ceph::{
-    Ceph, CephAccess, CephError, LocalRunner, Runner, ToolboxRunner, mon_host_from_rook,
-};
+use howdah_adapters::ceph::{Ceph, CephError, CephPlace, ConnectError};
 use howdah_adapters::kubernetes::KubernetesError;
 use howdah_adapters::postgres::{BackupLimits, BackupSession, PostgresError, ServerFacts, Session};
 use howdah_adapters::records::PostgresBackup;
@@ -22,14 +20,8 @@ use kube::ResourceExt as _;
 use kube::runtime::events::{Event as ClusterEvent, EventType};
 use tracing::{info, warn};
 
-use crate::args::CephRunner;
 use crate::context::Context;
 use crate::prune::Pruning;
-
-/// Rook's ConfigMap with the addresses of the monitors, and its key.
-const MON_ENDPOINTS: (&str, &str) = ("rook-ceph-mon-endpoints", "data");
-/// Rook names the Secret of a CephClient this, and then the client.
-const CLIENT_SECRET_PREFIX: &str = "rook-ceph-client-";
 
 /// How long each effect may take, beyond the limits of the single calls inside.
 fn limit_of(effect: &Effect) -> Duration {
@@ -235,6 +227,7 @@ impl<'a> Effects<'a> {
             &self.backup.name_any(),
             self.order.trigger,
             status,
+            Timestamp::now(),
         );
         let entry = entry.ok_or_else(|| {
             Problem::new(
@@ -330,26 +323,12 @@ impl<'a> Effects<'a> {
 /// Ceph, as the identity that cannot blocklist; connected anew in each preflight, because rights may change.
 pub async fn connect_ceph(cx: &Context) -> Result<Ceph, Problem> {
     let args = &cx.args;
-    let secret = format!("{CLIENT_SECRET_PREFIX}{}", args.ceph_user);
-    let key = cx
-        .kubernetes
-        .secret_value(&args.ceph_namespace, &secret, &args.ceph_user)
-        .await
-        .map_err(|error| ceph_setup(&error))?;
-    let access = CephAccess::new(&args.ceph_user, &key).map_err(of_ceph)?;
-    let runner = match args.ceph_runner {
-        CephRunner::Local => {
-            let (map, key) = MON_ENDPOINTS;
-            let data = cx.kubernetes.config_value(&args.ceph_namespace, map, key).await;
-            let mons = mon_host_from_rook(&data.map_err(|error| ceph_setup(&error))?).map_err(of_ceph)?;
-            Runner::Local(LocalRunner::new(access, &mons).map_err(of_ceph)?)
-        }
-        CephRunner::Toolbox => {
-            let toolbox = ToolboxRunner::new(access, cx.kubernetes.clone(), &args.ceph_namespace);
-            Runner::Toolbox(Box::new(toolbox))
-        }
-    };
-    Ceph::connect(runner).await.map_err(of_ceph)
+    let place =
+        CephPlace { runner: args.ceph_runner, namespace: &args.ceph_namespace, user: &args.ceph_user };
+    place.connect(&cx.kubernetes).await.map_err(|error| match error {
+        ConnectError::SetUp(error) => ceph_setup(&error),
+        ConnectError::Ceph(error) => of_ceph(error),
+    })
 }
 
 /// The image the preflight wrote down.

@@ -26,6 +26,8 @@ use tracing::{debug, info, warn};
 
 /// Pause between two deletions: each one makes every OSD trim objects in the background.
 const PAUSE: Duration = Duration::from_millis(500);
+/// Kept of the reason of a hold in its copy.
+const HOLD_REASON_MAX: usize = 256;
 /// Records of failed backups that are kept for each database; they hold no snapshot, only the reason.
 const FAILED_RECORDS_MAX: usize = 10;
 /// Records read in one request.
@@ -101,6 +103,9 @@ impl Pruning<'_> {
         }
         let records = self.records().await?;
         let all = self.lineage().await?;
+        for held in &all {
+            self.copy_holds(held, &records).await?;
+        }
         let items: Vec<Item> = all.iter().flat_map(|held| self.items(held, &records)).collect();
         let plan = retention::plan(now, &self.settings.time_zone, self.settings.retention.as_ref(), &items);
         let mut pruned = Pruned {
@@ -217,13 +222,37 @@ impl Pruning<'_> {
         })
     }
 
+    /// Keeps a second copy of each hold beside the catalogue, so that a hold outlives the loss of the records. Where there is
+    /// no record the copy stays as it is.
+    async fn copy_holds(&self, held: &Held, records: &[PostgresBackup]) -> Result<(), CephError> {
+        let Held { image, snapshots, metadata } = held;
+        let spec = image.spec();
+        for snapshot in snapshots {
+            let Some(record) = records.iter().find(|record| is_of(record, snapshot, image)) else { continue };
+            let key = names::hold_meta_key(&snapshot.name);
+            match (record.annotations().get(names::HOLD), metadata.contains_key(&key)) {
+                (Some(reason), false) => {
+                    let reason: String = reason.chars().take(HOLD_REASON_MAX).collect();
+                    let value = serde_json::Value::from(reason).to_string();
+                    self.ceph.set_metadata(&spec, &key, &value).await?;
+                }
+                (None, true) => self.ceph.remove_metadata(&spec, &key).await?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// What is known of each snapshot of an image. Its clones are asked for only before a deletion.
     fn items(&self, held: &Held, records: &[PostgresBackup]) -> Vec<Item> {
         let Held { image, snapshots, metadata } = held;
         let item = |snapshot: &Snapshot| {
             let name = &snapshot.name;
-            let own = records.iter().filter(|record| is_of(record, snapshot, image));
-            let (mut held, mut in_use, mut taken) = (false, false, false);
+            let own: Vec<&PostgresBackup> =
+                records.iter().filter(|record| is_of(record, snapshot, image)).collect();
+            // Without a record the copy of the hold counts, until the catalogue was rebuilt.
+            let mut held = own.is_empty() && metadata.contains_key(&names::hold_meta_key(name));
+            let (mut in_use, mut taken) = (false, false);
             for record in own {
                 held |= record.annotations().contains_key(names::HOLD);
                 let phase = record.status.as_ref().map(|status| status.phase).unwrap_or_default();

@@ -203,8 +203,8 @@ impl Term {
             own.iter().filter(|b| b.spec.trigger == Trigger::Schedule).filter_map(|b| b.spec.slot).collect();
         slots.extend(self.reserved.get(&uid).into_iter().flatten());
         let first_seen = self.first_seen(&uid, expression.as_str(), settings, &slots, now);
-        let open_run = self.running.values().any(|running| *running == key)
-            || own.iter().any(|backup| !phase_of(backup).is_terminal());
+        let open_run =
+            self.running.values().any(|running| *running == key) || own.iter().any(|backup| is_open(backup));
         let known = Known {
             schedule: expression,
             zone: &settings.time_zone,
@@ -293,7 +293,7 @@ impl Term {
 
     /// Gives every open operation somebody to run it, one for each database: what was begun first, then by age.
     fn take_up(&mut self, backups: &[Arc<PostgresBackup>], restores: &[Arc<PostgresRestore>]) {
-        let backups = backups.iter().filter(|backup| !phase_of(backup).is_terminal());
+        let backups = backups.iter().filter(|backup| is_open(backup));
         let backups = backups.map(|backup| Work::backup(backup));
         let restores = restores.iter().filter(|restore| restore::is_open(restore));
         let restores = restores.map(|restore| Work::restore(restore));
@@ -417,6 +417,12 @@ fn belongs(backup: &PostgresBackup, database: &StatefulSet) -> bool {
 
 fn phase_of(backup: &PostgresBackup) -> Phase {
     backup.status.as_ref().map(|status| status.phase).unwrap_or_default()
+}
+
+/// Whether somebody has to run it. One that is being brought back from the catalogue has no status for a moment.
+fn is_open(backup: &PostgresBackup) -> bool {
+    let in_rebuilding = backup.status.is_none() && backup.annotations().contains_key(names::REBUILT);
+    !phase_of(backup).is_terminal() && !in_rebuilding
 }
 
 fn created_at(record: &impl kube::Resource) -> Option<Timestamp> {

@@ -43,7 +43,8 @@ build=$!
 run "API level (control plane only)" --test api -- --test-threads="$threads"
 # The API tests make storage classes of their own under Rook's names; Rook's are immutable.
 "$lab" down
-run "storage level (Ceph and PostgreSQL)" --test storage -- --test-threads="$threads"
+# These mostly wait, for Ceph and for each other.
+run "storage level (Ceph and PostgreSQL)" --test storage -- --test-threads=$((2 * threads))
 if ! wait "$build"; then
     build=
     cat "$build_log" >&2

@@ -1,6 +1,7 @@
 //! Backups that are not the usual one: of a stopped database, and those that are refused and say why.
 
-use std::fs;
+use std::time::Duration;
+use std::{fs, thread};
 
 use howdah_core::annotations::Consistency;
 use howdah_core::backup::{BackupStatus, Phase};
@@ -11,6 +12,9 @@ use howdah_lab::storage::claim::wait_slowly;
 use serde_json::json;
 
 use crate::stage::{BACKUP_LIMIT, Restored, Stage};
+
+/// The scheduler asks for Ceph's health again when its last answer is ten seconds old.
+const HEALTH_FRESH: Duration = Duration::from_secs(11);
 
 #[test]
 fn a_stopped_database_is_backed_up_offline_and_one_whose_node_died_is_refused() {
@@ -56,6 +60,7 @@ impl<'a> NearFull<'a> {
         stage.lab.ceph(&["osd", "set-nearfull-ratio", "0.01"]).unwrap();
         let near = || stage.lab.ceph(&["health", "detail"]).unwrap().contains("is nearfull");
         assert!(wait_slowly(BACKUP_LIMIT, near));
+        thread::sleep(HEALTH_FRESH);
         Self(stage)
     }
 }
@@ -72,6 +77,7 @@ struct Paused<'a>(&'a Stage);
 impl<'a> Paused<'a> {
     fn set(stage: &'a Stage) -> Self {
         stage.lab.ceph(&["osd", "set", "pause"]).unwrap();
+        thread::sleep(HEALTH_FRESH);
         Self(stage)
     }
 }
@@ -116,9 +122,7 @@ fn a_cluster_without_room_or_paused_and_a_missing_identity_are_named_and_waited_
     drop(full);
     assert_eq!(stage.wait_over("third").phase, Phase::Taken);
 
-    // Ceph's health is asked again after ten seconds.
     let paused = Paused::set(&stage);
-    std::thread::sleep(std::time::Duration::from_secs(11));
     database.order("fourth", Some("crash"));
     let status = wait_reason(&stage, "fourth", "paused");
     assert!(status.failure.unwrap().cure.contains("ceph osd unset pause"));

@@ -405,6 +405,14 @@ impl Database<'_> {
         self.stage.apply(&order);
     }
 
+    /// The addresses of the clients that have the image open.
+    pub fn clients(&self) -> Vec<String> {
+        let text = self.stage.lab.rbd(&["status", "--format", "json", &self.image]).unwrap();
+        let status: Value = serde_json::from_str(&text).unwrap();
+        let watchers = status["watchers"].as_array().unwrap().iter();
+        watchers.map(|watcher| watcher["address"].as_str().unwrap().to_owned()).collect()
+    }
+
     /// The names of the snapshots of users.
     pub fn snapshots(&self) -> Vec<String> {
         let text = self.stage.lab.rbd(&["snap", "ls", "--format", "json", &self.image]).unwrap();
@@ -485,13 +493,18 @@ fn stateful_set(name: &str, major: u32, annotations: &Value, place: &Place, root
     ]})
 }
 
+/// Applies the custom resource definitions.
+pub fn install_definitions(lab: &Lab) {
+    let definitions = format!("--filename={}", repository::root().join("deploy/base/crds").display());
+    lab.kubectl_ok(&["apply", "--server-side", "--force-conflicts", &definitions]).unwrap();
+}
+
 /// Applies the parts of deploy/ that the scheduler needs, once for each run.
 fn install(lab: &Lab) {
     static DONE: OnceLock<()> = OnceLock::new();
     DONE.get_or_init(|| {
         let parts = [
             "deploy/base/namespace.yaml",
-            "deploy/base/crds",
             "deploy/base/scheduler-rbac.yaml",
             "deploy/base/credentials-clusterrole.yaml",
             "deploy/overlays/rook/ceph-rbac.yaml",
@@ -501,6 +514,7 @@ fn install(lab: &Lab) {
         let apply = ["apply", "--server-side", "--force-conflicts"];
         let arguments: Vec<&str> = apply.into_iter().chain(parts.iter().map(String::as_str)).collect();
         lab.kubectl_ok(&arguments).unwrap();
+        install_definitions(lab);
         let secret = ["-n", "rook-ceph", "get", "secret", "rook-ceph-client-howdah-backup"];
         assert!(wait_slowly(KEY_LIMIT, || lab.kubectl_ok(&secret).is_ok()), "Rook's glue made no key");
     });
