@@ -1,6 +1,7 @@
 //! `backup`: asks for a backup by hand, and follows it to its end.
 
 use std::fmt;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
@@ -22,9 +23,12 @@ const POLL: Duration = Duration::from_secs(1);
 /// A scheduler takes an order up within some seconds; after this somebody should look for it.
 const UNNOTICED: Duration = Duration::from_secs(30);
 
+/// Exit code of a command that stopped waiting for what goes on; 2 is clap's.
+const STILL_RUNNING: u8 = 3;
+
 /// The backup goes on, but it was not over when the time to wait was.
 #[derive(Debug)]
-pub struct StillRunning(String);
+struct StillRunning(String);
 
 impl fmt::Display for StillRunning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -33,6 +37,14 @@ impl fmt::Display for StillRunning {
 }
 
 impl std::error::Error for StillRunning {}
+
+/// How a command ends that ended with `error`.
+pub fn exit_code(error: &anyhow::Error) -> ExitCode {
+    match error.downcast_ref::<StillRunning>() {
+        Some(_) => ExitCode::from(STILL_RUNNING),
+        None => ExitCode::FAILURE,
+    }
+}
 
 /// Creates the record and, if asked to, waits for its end; the answer is what to print.
 pub async fn run(client: Client, arguments: BackupArgs) -> anyhow::Result<String> {

@@ -19,9 +19,6 @@ use howdah_adapters::shutdown::install_crypto_provider;
 
 use args::{Args, CatalogCommand, Command};
 
-/// Exit code of a command that stopped waiting for what goes on; 2 is clap's.
-const STILL_RUNNING: u8 = 3;
-
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     match run(Args::parse()).await {
@@ -31,10 +28,7 @@ async fn main() -> ExitCode {
         }
         Err(error) => {
             eprintln!("error: {error:#}");
-            match error.downcast_ref::<backup::StillRunning>() {
-                Some(_) => ExitCode::from(STILL_RUNNING),
-                None => ExitCode::FAILURE,
-            }
+            backup::exit_code(&error)
         }
     }
 }
