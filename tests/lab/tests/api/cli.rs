@@ -150,7 +150,7 @@ async fn a_backup_by_hand_is_refused_with_a_cure_ordered_and_followed_to_its_end
     for (status, limit, code, parts) in [
         (taken, "60", 0, ["is taken: online, snapshot p/i@s", "Taken"]),
         (failed, "60", 1, ["failed in Preflight: fsync is off", "turn it on"]),
-        (running, "5", 3, ["still in phase Snapshotting", "goes on"]),
+        (running, "20", 3, ["still in phase Snapshotting", "goes on"]),
     ] {
         let known = orders(&lab, namespace.name());
         let (ended, _) = std::thread::scope(|scope| {

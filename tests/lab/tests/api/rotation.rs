@@ -203,7 +203,11 @@ async fn no_review_fails_while_certificates_rotate_and_replicas_roll() {
     tokio::time::sleep(Duration::from_secs(4)).await;
     for index in [0, 1] {
         tokio::task::block_in_place(|| webhook.roll(index));
+        // As a Deployment does, which takes no replica away before the new one is known to be ready.
         tokio::time::sleep(Duration::from_secs(2)).await;
+        webhook
+            .eventually("both replicas are ready", || async { load.ready.read().unwrap().len() == 2 })
+            .await;
     }
     webhook.eventually("three bundles are seen", || async { bundles.load(Ordering::Relaxed) >= 3 }).await;
     tokio::time::sleep(Duration::from_secs(3)).await;
