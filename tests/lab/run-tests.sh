@@ -37,13 +37,13 @@ run() {
 
 # What a killed run left would be taken for this one's.
 "$lab" down
-# What the nodes are made of takes minutes to compile, and the tests below mostly wait.
-nice "$lab" build >"$build_log" 2>&1 &
-build=$!
 run "API level (control plane only)" --test api -- --test-threads="$threads"
 # The API tests make storage classes of their own under Rook's names; Rook's are immutable.
 "$lab" down
-# These mostly wait, for Ceph and for each other.
+# What the nodes are made of takes minutes to compile, and the next tests mostly wait, for Ceph and for
+# each other.
+nice "$lab" build >"$build_log" 2>&1 &
+build=$!
 run "storage level (Ceph and PostgreSQL)" --test storage -- --test-threads=$((2 * threads))
 if ! wait "$build"; then
     build=
