@@ -65,7 +65,6 @@ impl Database {
 }
 
 #[test]
-#[ignore = "never run yet"]
 fn a_pod_comes_back_on_the_restored_volume_and_on_the_old_one_after_the_undo() -> Result<()> {
     let database = Database::start()?;
     database.sql("CREATE TABLE t AS SELECT 1 AS n")?;
