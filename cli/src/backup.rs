@@ -20,6 +20,8 @@ use crate::args::BackupArgs;
 
 /// Between two looks at the record.
 const POLL: Duration = Duration::from_secs(1);
+/// Tries for a name that nobody has: more orders for one database in as many seconds are a runaway loop.
+const NAME_TRIES: u32 = 5;
 /// A scheduler takes an order up within some seconds; after this somebody should look for it.
 const UNNOTICED: Duration = Duration::from_secs(30);
 
@@ -51,21 +53,32 @@ pub async fn run(client: Client, arguments: BackupArgs) -> anyhow::Result<String
     let namespace = arguments.namespace.clone().unwrap_or_else(|| client.default_namespace().to_owned());
     let database = protected(&client, &namespace, &arguments.name).await?;
     let records = Api::<PostgresBackup>::namespaced(client, &namespace);
-    let order = order(&arguments, &database, Timestamp::now());
-    let name = order.name_any();
-    let attempt = format!("create the PostgresBackup {namespace}/{name}");
-    match call(attempt, records.create(&PostParams::default(), &order)).await {
-        Err(error @ KubernetesError::AlreadyExists { .. }) => {
-            return Err(error).context("ask for one backup in a second: try again");
-        }
-        created => created?,
-    };
+    let name = create(&records, &namespace, &arguments, &database).await?;
     if !arguments.wait {
         return Ok(format!(
             "backup {namespace}/{name} is ordered; follow it with: kubectl get pgb {name} -n {namespace} -w\n"
         ));
     }
     follow(&records, &namespace, &name, Duration::from_secs(arguments.timeout_seconds)).await
+}
+
+/// Creates the record and returns its name, which holds the second: somebody else's of the same second is waited out.
+async fn create(
+    records: &Api<PostgresBackup>,
+    namespace: &str,
+    arguments: &BackupArgs,
+    database: &StatefulSet,
+) -> anyhow::Result<String> {
+    for left in (0..NAME_TRIES).rev() {
+        let order = order(arguments, database, Timestamp::now());
+        let name = order.name_any();
+        let attempt = format!("create the PostgresBackup {namespace}/{name}");
+        match call(attempt, records.create(&PostParams::default(), &order)).await {
+            Err(KubernetesError::AlreadyExists { .. }) if left > 0 => tokio::time::sleep(POLL).await,
+            created => return Ok(created.map(|_| name)?),
+        }
+    }
+    bail!("create a PostgresBackup in {namespace}: others take every second; try again")
 }
 
 /// The StatefulSet, if howdah would back it up.

@@ -50,6 +50,18 @@ if ! command -v cargo >/dev/null && [ ! -x "$HOME/.cargo/bin/cargo" ]; then
         fail "install rustup by hand from https://rustup.rs, then run make again"
 fi
 
+# --- The target folder that clones share ----------------------------------------------------------------------------------
+# Cargo takes what another clone built of the same workspace for this one's as long as it is younger than the sources:
+# tests would run other code than is here. Foreign crates are the same everywhere and stay.
+root=$(cd "$here/../.." && pwd)
+target=${CARGO_TARGET_DIR:-$cache/cargo-target}
+if [ "$(cat "$target/built-by" 2>/dev/null)" != "$root" ]; then
+    mkdir -p "$target"
+    (cd "$root" && PATH=$PATH:$HOME/.cargo/bin CARGO_TARGET_DIR=$target cargo clean --workspace --quiet &&
+        PATH=$PATH:$HOME/.cargo/bin CARGO_TARGET_DIR=$target cargo clean --workspace --release --quiet)
+    printf '%s\n' "$root" >"$target/built-by"
+fi
+
 # --- Go -----------------------------------------------------------------------------------------------------------------
 # Go 1.21 and later fetch the toolchain a go.mod names; Debian 12's own 1.19 cannot.
 go_is_new_enough() {

@@ -139,7 +139,12 @@ async fn a_backup_by_hand_is_refused_with_a_cure_ordered_and_followed_to_its_end
     lab.kubectl_ok(&["label", "statefulset", "db", "howdah.dev/protect=true", place[0], place[1]]).unwrap();
     let (code, text) = backup(&["--consistency", "crash"]);
     assert!(code == Some(0) && text.contains("is ordered"), "{text}");
+    // Another in the same second gets a name of its own.
+    let (first, second) =
+        std::thread::scope(|scope| (scope.spawn(|| backup(&[])).join().unwrap(), backup(&[])));
+    assert!(first.0 == Some(0) && second.0 == Some(0), "{first:?} {second:?}");
     let known = orders(&lab, namespace.name());
+    assert_eq!(known.len(), 3, "{known:?}");
     let spec =
         lab.kubectl_ok(&["get", "pgb", &known[0], place[0], place[1], "-o", "jsonpath={.spec}"]).unwrap();
     assert!(spec.contains(r#""consistency":"crash""#) && spec.contains(r#""trigger":"Manual""#), "{spec}");

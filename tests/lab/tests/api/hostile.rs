@@ -231,7 +231,8 @@ async fn bodies_that_grow_when_they_are_read_stay_within_the_memory_limit() {
     });
     let peak_kib = status_kib(&webhook, "VmHWM:");
     assert!(peak_kib < MEMORY_LIMIT_KIB, "{peak_kib} KiB at the peak");
-    assert!(webhook.create("statefulsets", &protected("pg"), true).await.passed());
+    let created = webhook.create("statefulsets", &protected("pg"), true).await;
+    assert!(created.passed(), "{}", created.message());
 }
 
 /// A certificate and its key of a new authority, and that authority.
