@@ -146,6 +146,29 @@ async fn the_out_of_service_way_passes() {
 }
 
 #[tokio::test]
+async fn a_graceful_node_shutdown_passes() {
+    // What a kubelet does that is told that its node goes down: it ends the pods, each in its grace period, and says so.
+    // It deletes nothing; the controller of the set does, and makes the pod anew.
+    let webhook = Webhook::start(&[]).await;
+    let pod = running(&webhook, "pg", "node-a").await;
+    let kubelet = Who::new(["system:node:node-a", "system:nodes"].map(str::to_owned));
+    let ended = Patch::Merge(json!({"status": {
+        "phase": "Failed", "reason": "Terminated",
+        "message": "Pod was terminated in response to imminent node shutdown."}}));
+    let (pods, params) = (of_kind(&webhook, "Pod"), PatchParams::default());
+    let set = webhook
+        .send_as(&kubelet, &pods, |request| request.patch_subresource("status", "pg-0", &params, &ended))
+        .await;
+    assert!(set.passed(), "{}", set.message());
+    webhook
+        .eventually("another pod takes its place", || async {
+            let found = find(&webhook, "Pod", "pg-0").await;
+            found.passed() && found.body["metadata"]["uid"] != pod["metadata"]["uid"]
+        })
+        .await;
+}
+
+#[tokio::test]
 async fn a_drain_waits_for_the_backup_and_then_goes_on() {
     let mut webhook = Webhook::absent().await;
     webhook.install(&[], 1);
