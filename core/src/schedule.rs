@@ -165,6 +165,26 @@ pub enum Waiting {
     },
 }
 
+/// How long an answer is relied upon at most: what was overlooked is found after this time.
+const HOLDS_MAX: SignedDuration = SignedDuration::from_hours(1);
+
+impl Decision {
+    /// Until when this stays the answer if nothing changes but the time, so that nobody need ask again. `None` when that
+    /// is not known.
+    #[must_use]
+    pub fn holds_until(&self, now: Timestamp, known: &Known<'_>) -> Option<Timestamp> {
+        let latest = now.saturating_add(HOLDS_MAX).unwrap_or(now);
+        match self {
+            Self::Wait(Waiting::NotDue | Waiting::Missed { .. }) => {
+                Some(known.schedule.next(now, known.zone).map_or(latest, |next| next.min(latest)))
+            }
+            Self::Wait(Waiting::Jitter { until }) => Some(*until),
+            // What is started or busy ends, and what is suspended is not made up for: the time of the look counts.
+            Self::Start { .. } | Self::Wait(Waiting::Busy | Waiting::Suspended) => None,
+        }
+    }
+}
+
 /// Decides whether a backup of one database starts at `now`.
 ///
 /// Only the latest slot is looked at, so however many were missed, one is caught up. A wake-up that comes twice,
@@ -242,26 +262,31 @@ mod tests {
         }
 
         fn decide(&self, now: Timestamp) -> Decision {
-            decide(
-                now,
-                &Known {
-                    schedule: &self.schedule,
-                    zone: &self.zone,
-                    suspend: self.suspend,
-                    first_seen: self.first_seen,
-                    slots: &self.slots,
-                    open_run: self.open_run,
-                    uid: "0b1e9c5e",
-                },
-            )
+            decide(now, &self.known())
+        }
+
+        fn known(&self) -> Known<'_> {
+            Known {
+                schedule: &self.schedule,
+                zone: &self.zone,
+                suspend: self.suspend,
+                first_seen: self.first_seen,
+                slots: &self.slots,
+                open_run: self.open_run,
+                uid: "0b1e9c5e",
+            }
         }
 
         /// Wakes every minute in `[from, to)`, records what starts, and returns it.
         fn live(&mut self, from: &str, to: &str) -> Vec<String> {
             let (mut now, to) = (at(from), at(to));
             let mut started = Vec::new();
+            let mut quiet_until = now;
             while now < to {
-                if let Decision::Start { slot, .. } = self.decide(now) {
+                let decision = self.decide(now);
+                quiet_until = quiet_until.max(decision.holds_until(now, &self.known()).unwrap_or(now));
+                if let Decision::Start { slot, .. } = decision {
+                    assert!(now >= quiet_until, "slot {slot} starts before {quiet_until}");
                     assert!(self.slots.insert(slot), "slot {slot} started twice");
                     started.push(slot.to_string());
                 }

@@ -2,31 +2,40 @@
 //!
 //! A tick reads only these, so the number of API requests does not grow with the number of databases.
 
+mod backups;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use futures::future::BoxFuture;
-use futures::{FutureExt as _, StreamExt as _};
-use howdah_adapters::records::{PostgresBackup, PostgresRestore};
+use futures::{FutureExt as _, Stream, StreamExt as _, TryStreamExt as _};
+use howdah_adapters::records::PostgresRestore;
 use howdah_core::names;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use kube::runtime::reflector::store::Writer;
 use kube::runtime::reflector::{ObjectRef, Store, store};
 use kube::runtime::{WatchStreamExt as _, watcher};
-use kube::{Api, Client, Resource};
-use serde::de::DeserializeOwned;
+use kube::{Api, Client, ResourceExt as _};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-/// How long the first lists may take before the process gives up and is restarted.
-const FIRST_LIST_LIMIT: Duration = Duration::from_secs(120);
+pub use backups::{Backups, DatabaseKey, Open};
+
+/// How long the first lists may take before the process gives up and is restarted: a million records come in 2,000 pages.
+const FIRST_LIST_LIMIT: Duration = Duration::from_secs(600);
+
+/// Where `kubectl apply` keeps a copy of the whole object.
+const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
+
+/// What is watched, and what went wrong.
+type Failed = (&'static str, watcher::Error);
 
 /// The caches; clones share them.
 #[derive(Debug, Clone)]
 pub struct Caches {
     databases: Store<StatefulSet>,
-    backups: Store<PostgresBackup>,
+    backups: Backups,
     restores: Store<PostgresRestore>,
 }
 
@@ -39,13 +48,20 @@ impl Caches {
         let protected =
             watcher::Config::default().labels(&format!("{}={}", names::PROTECT_LABEL, names::PROTECT_VALUE));
         let (databases, databases_writer) = store();
-        let (backups, backups_writer) = store();
+        let backups = Backups::default();
         let (restores, restores_writer) = store();
-        let everything = watcher::Config::default;
         let feeds = [
-            feed(databases_writer, Api::all(client.clone()), protected, shutdown.clone()).boxed(),
-            feed(backups_writer, Api::all(client.clone()), everything(), shutdown.clone()).boxed(),
-            feed(restores_writer, Api::all(client.clone()), everything(), shutdown.clone()).boxed(),
+            follow(keep_databases(client, protected, databases_writer), shutdown.clone()).boxed(),
+            follow(keep_backups(client, backups.clone()), shutdown.clone()).boxed(),
+            follow(
+                watcher(Api::all(client.clone()), watcher::Config::default())
+                    .default_backoff()
+                    .reflect(restores_writer)
+                    .map_ok(drop)
+                    .map_err(|error| ("PostgresRestore", error)),
+                shutdown.clone(),
+            )
+            .boxed(),
         ];
         (Self { databases, backups, restores }, feeds)
     }
@@ -57,7 +73,7 @@ impl Caches {
     pub async fn filled(&self) -> anyhow::Result<()> {
         let all = async {
             self.databases.wait_until_ready().await.context("list the protected StatefulSets")?;
-            self.backups.wait_until_ready().await.context("list the PostgresBackups")?;
+            self.backups.filled().await;
             self.restores.wait_until_ready().await.context("list the PostgresRestores")
         };
         match tokio::time::timeout(FIRST_LIST_LIMIT, all).await {
@@ -78,8 +94,8 @@ impl Caches {
 
     /// The backups of all namespaces.
     #[must_use]
-    pub fn backups(&self) -> Vec<Arc<PostgresBackup>> {
-        self.backups.state()
+    pub fn backups(&self) -> &Backups {
+        &self.backups
     }
 
     /// The restores of all namespaces.
@@ -95,25 +111,41 @@ impl Caches {
     }
 }
 
+/// The protected StatefulSets without what nobody reads, which is most of one.
+fn keep_databases(
+    client: &Client,
+    protected: watcher::Config,
+    writer: Writer<StatefulSet>,
+) -> impl Stream<Item = Result<(), Failed>> + use<> {
+    let lean = |database: &mut StatefulSet| {
+        database.metadata.managed_fields = None;
+        database.annotations_mut().remove(LAST_APPLIED);
+        database.status = None;
+    };
+    let stream = watcher(Api::all(client.clone()), protected).default_backoff().modify(lean).reflect(writer);
+    stream.map_ok(drop).map_err(|error| ("StatefulSet", error))
+}
+
+/// What a tick needs of the backups.
+fn keep_backups(client: &Client, backups: Backups) -> impl Stream<Item = Result<(), Failed>> + use<> {
+    let mut feed = backups::Feed::new(backups);
+    let stream = watcher(Api::all(client.clone()), watcher::Config::default()).default_backoff();
+    stream.map_ok(move |event| feed.take(&event)).map_err(|error| ("PostgresBackup", error))
+}
+
 /// Keeps one cache up to date until the shutdown.
-async fn feed<K>(
-    writer: Writer<K>,
-    api: Api<K>,
-    config: watcher::Config,
+async fn follow(
+    stream: impl Stream<Item = Result<(), Failed>>,
     shutdown: CancellationToken,
-) -> anyhow::Result<()>
-where
-    K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
-{
-    let stream = watcher(api, config).default_backoff().reflect(writer);
+) -> anyhow::Result<()> {
     let mut stream = std::pin::pin!(stream);
     loop {
         tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
             event = stream.next() => match event {
-                Some(Ok(_)) => {}
-                Some(Err(error)) => warn!(kind = %K::kind(&()), error = %error, "watch: trying again"),
-                None => bail!("watch {}: the stream ended", K::kind(&())),
+                Some(Ok(())) => {}
+                Some(Err((kind, error))) => warn!(kind, error = %error, "watch: trying again"),
+                None => bail!("a watch ended"),
             },
         }
     }

@@ -13,7 +13,7 @@ use anyhow::Context as _;
 use howdah_adapters::kubernetes::{KubernetesError, call};
 use howdah_adapters::records::{PostgresBackup, PostgresBackupSpec, PostgresRestore};
 use howdah_core::annotations::{self, Settings};
-use howdah_core::backup::{Phase, Trigger};
+use howdah_core::backup::Trigger;
 use howdah_core::names;
 use howdah_core::schedule::{self, Decision, Known, Waiting};
 use jiff::{SignedDuration, Timestamp};
@@ -26,6 +26,7 @@ use tokio_cron_scheduler::{Job, JobScheduler};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+use crate::cache::{DatabaseKey, Open};
 use crate::context::Context;
 use crate::{backup, restore};
 
@@ -106,12 +107,35 @@ struct Term {
     reserved: HashMap<String, BTreeSet<Timestamp>>,
     /// Slots already reported as missed.
     missed: HashSet<(String, Timestamp)>,
+    /// Per StatefulSet uid: what need not be looked at again.
+    quiet: HashMap<String, Quiet>,
     /// The last look at both clocks: the one that cannot jump, and the wall's.
     clocks: Option<(Instant, Timestamp)>,
 }
 
-/// Namespace and name of a StatefulSet.
-type DatabaseKey = (String, String);
+/// What a look at a database found: nothing to do, as long as this stays the same and the time has not come.
+#[derive(Debug, Clone, Default)]
+struct Quiet {
+    /// Until when; `None` is until something changes.
+    until: Option<Timestamp>,
+    /// Of the StatefulSet.
+    resource_version: Option<String>,
+    /// The version of what is known of its backups.
+    backups: u64,
+    /// Whether its annotations do not parse.
+    unreadable: bool,
+}
+
+impl Quiet {
+    fn of(cx: &Context, database: &StatefulSet) -> Self {
+        Self {
+            until: None,
+            resource_version: database.metadata.resource_version.clone(),
+            backups: cx.caches.backups().version(&key_of(database)),
+            unreadable: false,
+        }
+    }
+}
 
 impl Term {
     fn new(cx: Arc<Context>, lost: CancellationToken) -> Self {
@@ -123,6 +147,7 @@ impl Term {
             seen: HashMap::new(),
             reserved: HashMap::new(),
             missed: HashSet::new(),
+            quiet: HashMap::new(),
             clocks: None,
         }
     }
@@ -151,20 +176,29 @@ impl Term {
     async fn tick(&mut self, now: Timestamp) {
         self.cx.metrics.ticks.inc();
         self.watch_clock(now);
-        let backups = self.cx.caches.backups();
+        let began = Instant::now();
         let databases = self.cx.caches.databases();
-        let mut unreadable = 0;
         for database in &databases {
-            match annotations::parse(database.annotations()) {
-                Ok(settings) => self.look_at(database, &settings, &backups, now).await,
-                // The webhook denies these; one that was there before is counted, not shouted about every tick.
-                Err(_) => unreadable += 1,
+            if self.is_quiet(database, now) {
+                continue;
             }
+            let quiet = match annotations::parse(database.annotations()) {
+                Ok(settings) => self.look_at(database, &settings, now).await,
+                // The webhook denies these; one that was there before is counted, not shouted about every tick.
+                Err(_) => Some(Quiet { until: None, unreadable: true, ..Quiet::of(&self.cx, database) }),
+            };
+            let uid = database.uid().unwrap_or_default();
+            match quiet {
+                Some(quiet) => self.quiet.insert(uid, quiet),
+                None => self.quiet.remove(&uid),
+            };
         }
-        self.cx.metrics.unreadable.set(unreadable);
-        self.measure(&databases, &backups, now);
-        self.take_up(&backups, &self.cx.caches.restores());
+        let unreadable = self.quiet.values().filter(|quiet| quiet.unreadable).count();
+        self.cx.metrics.unreadable.set(i64::try_from(unreadable).unwrap_or(i64::MAX));
+        self.measure(&databases, now);
+        self.take_up(&self.cx.caches.restores());
         self.forget(&databases);
+        self.cx.metrics.tick_duration.observe(began.elapsed().as_secs_f64());
     }
 
     /// Says when the wall clock was set: what was due or dated by the old time then looks odd, and is no fault.
@@ -179,32 +213,42 @@ impl Term {
                  kept until their time has come"
             );
             self.cx.metrics.clock_jumps.inc();
+            // What was quiet until a time of the old clock may be due by the new one.
+            self.quiet.clear();
         }
     }
 
-    /// Reserves the slot of one database if it is due.
+    /// Whether a look at the database would find what the last one found: that nothing is due.
+    fn is_quiet(&self, database: &StatefulSet, now: Timestamp) -> bool {
+        let Some(quiet) = database.metadata.uid.as_ref().and_then(|uid| self.quiet.get(uid)) else {
+            return false;
+        };
+        quiet.until.is_none_or(|until| now < until)
+            && quiet.resource_version == database.metadata.resource_version
+            && quiet.backups == self.cx.caches.backups().version(&key_of(database))
+    }
+
+    /// Reserves the slot of one database if it is due; says for how long nothing will be, if that is known.
     async fn look_at(
         &mut self,
         database: &StatefulSet,
         settings: &Settings,
-        backups: &[Arc<PostgresBackup>],
         now: Timestamp,
-    ) {
-        let Some(expression) = &settings.schedule else { return };
+    ) -> Option<Quiet> {
+        let quiet = Quiet::of(&self.cx, database);
+        let Some(expression) = &settings.schedule else { return Some(quiet) };
         // An operation holds the database: a slot that falls due meanwhile is caught up afterwards, or was missed.
         if settings.gate.is_some() {
-            return;
+            return Some(quiet);
         }
         let key = key_of(database);
         let uid = database.uid().unwrap_or_default();
-        let own: Vec<&PostgresBackup> =
-            backups.iter().map(Arc::as_ref).filter(|b| belongs(b, database)).collect();
-        let mut slots: BTreeSet<Timestamp> =
-            own.iter().filter(|b| b.spec.trigger == Trigger::Schedule).filter_map(|b| b.spec.slot).collect();
+        let backups = self.cx.caches.backups().clone();
+        let mut slots = backups.slots(&key, &uid);
         slots.extend(self.reserved.get(&uid).into_iter().flatten());
         let first_seen = self.first_seen(&uid, expression.as_str(), settings, &slots, now);
         let open_run =
-            self.running.values().any(|running| *running == key) || own.iter().any(|backup| is_open(backup));
+            self.running.values().any(|running| *running == key) || backups.is_open(&key, &uid);
         let known = Known {
             schedule: expression,
             zone: &settings.time_zone,
@@ -214,17 +258,19 @@ impl Term {
             open_run,
             uid: &uid,
         };
-        match schedule::decide(now, &known) {
+        let decision = schedule::decide(now, &known);
+        match decision {
             Decision::Start { slot, late } => {
                 info!(namespace = key.0, database = key.1, slot = %slot, late_ms = late.as_millis(), "slot is due");
                 self.reserve(database, slot).await;
             }
-            Decision::Wait(Waiting::Missed { slot }) if self.missed.insert((uid, slot)) => {
+            Decision::Wait(Waiting::Missed { slot }) if self.missed.insert((uid.clone(), slot)) => {
                 warn!(namespace = key.0, database = key.1, slot = %slot, "slot was missed and is too old to catch up");
                 self.cx.metrics.missed.inc();
             }
             Decision::Wait(_) => {}
         }
+        decision.holds_until(now, &known).map(|until| Quiet { until: Some(until), ..quiet })
     }
 
     /// Since when this schedule is known. A new leader goes by the records of the last one.
@@ -277,9 +323,10 @@ impl Term {
         let parameters = PostParams::default();
         let attempt = format!("create the backup {namespace}/{record}");
         match call(attempt, api.create(&parameters, &backup)).await {
-            Ok(created) => {
+            Ok(_) => {
                 self.reserved.entry(uid.unwrap_or_default()).or_default().insert(slot);
-                self.spawn(Work::backup(&created));
+                let database = (namespace, name);
+                self.spawn(Open { database, name: record, since: Some(slot), begun: false }.into());
             }
             // Another leader reserved it and the cache does not show it yet.
             Err(KubernetesError::AlreadyExists { .. }) => {
@@ -292,9 +339,8 @@ impl Term {
     }
 
     /// Gives every open operation somebody to run it, one for each database: what was begun first, then by age.
-    fn take_up(&mut self, backups: &[Arc<PostgresBackup>], restores: &[Arc<PostgresRestore>]) {
-        let backups = backups.iter().filter(|backup| is_open(backup));
-        let backups = backups.map(|backup| Work::backup(backup));
+    fn take_up(&mut self, restores: &[Arc<PostgresRestore>]) {
+        let backups = self.cx.caches.backups().open().into_iter().map(Work::from);
         let restores = restores.iter().filter(|restore| restore::is_open(restore));
         let restores = restores.map(|restore| Work::restore(restore));
         let mut open: Vec<Work> = backups.chain(restores).collect();
@@ -336,23 +382,22 @@ impl Term {
     }
 
     /// Sets the gauges that alerts are made of.
-    fn measure(&self, databases: &[Arc<StatefulSet>], backups: &[Arc<PostgresBackup>], now: Timestamp) {
+    fn measure(&self, databases: &[Arc<StatefulSet>], now: Timestamp) {
+        let backups = self.cx.caches.backups();
         let mut stalest = 0.0_f64;
         let mut without = 0;
         for database in databases {
             if !database.annotations().contains_key(names::SCHEDULE) {
                 continue;
             }
-            let good = backups.iter().filter(|b| belongs(b, database) && phase_of(b).is_success());
-            match good.filter_map(|b| b.status.as_ref()?.finished_at).max() {
+            match backups.newest_good(&key_of(database), database.metadata.uid.as_deref().unwrap_or_default()) {
                 Some(newest) => stalest = stalest.max(now.duration_since(newest).as_secs_f64()),
                 None => without += 1,
             }
         }
         self.cx.metrics.stalest_success.set(stalest);
         self.cx.metrics.without_backup.set(without);
-        let stuck = backups.iter().filter(|backup| phase_of(backup) == Phase::Stuck).count();
-        self.cx.metrics.stuck.set(i64::try_from(stuck).unwrap_or(i64::MAX));
+        self.cx.metrics.stuck.set(i64::try_from(backups.stuck()).unwrap_or(i64::MAX));
     }
 
     /// Drops the memory of StatefulSets that are gone.
@@ -361,6 +406,7 @@ impl Term {
         self.seen.retain(|uid, _| uids.contains(uid));
         self.reserved.retain(|uid, _| uids.contains(uid));
         self.missed.retain(|(uid, _)| uids.contains(uid));
+        self.quiet.retain(|uid, _| uids.contains(uid));
     }
 }
 
@@ -375,17 +421,13 @@ struct Work {
     kind: Kind,
 }
 
-impl Work {
-    fn backup(backup: &PostgresBackup) -> Self {
-        Self {
-            key: (backup.namespace().unwrap_or_default(), backup.spec.stateful_set.clone()),
-            begun: phase_of(backup) != Phase::Reserved,
-            since: backup.spec.slot.or(created_at(backup)),
-            name: backup.name_any(),
-            kind: Kind::Backup,
-        }
+impl From<Open> for Work {
+    fn from(Open { database, name, since, begun }: Open) -> Self {
+        Self { key: database, begun, since, name, kind: Kind::Backup }
     }
+}
 
+impl Work {
     fn restore(restore: &PostgresRestore) -> Self {
         Self {
             key: (restore.namespace().unwrap_or_default(), restore.spec.stateful_set.clone()),
@@ -406,23 +448,6 @@ enum Kind {
 
 fn key_of(database: &StatefulSet) -> DatabaseKey {
     (database.namespace().unwrap_or_default(), database.name_any())
-}
-
-/// Whether a backup is of this StatefulSet, and not of an earlier one of the same name.
-fn belongs(backup: &PostgresBackup, database: &StatefulSet) -> bool {
-    backup.namespace() == database.namespace()
-        && backup.spec.stateful_set == database.name_any()
-        && backup.spec.stateful_set_uid.as_ref().is_none_or(|uid| Some(uid) == database.metadata.uid.as_ref())
-}
-
-fn phase_of(backup: &PostgresBackup) -> Phase {
-    backup.status.as_ref().map(|status| status.phase).unwrap_or_default()
-}
-
-/// Whether somebody has to run it. One that is being brought back from the catalogue has no status for a moment.
-fn is_open(backup: &PostgresBackup) -> bool {
-    let in_rebuilding = backup.status.is_none() && backup.annotations().contains_key(names::REBUILT);
-    !phase_of(backup).is_terminal() && !in_rebuilding
 }
 
 fn created_at(record: &impl kube::Resource) -> Option<Timestamp> {

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Runs the tests that stand on real parts, cheapest layer first, so that a broken low layer is seen early.
+# A lab that cannot start is a failure, never a skip. Whatever happens, the lab is taken down at the end.
+set -euo pipefail
+
+: "${CARGO_TARGET_DIR:?run this by make test-lab}"
+# A lab of the tests' own: `make test` neither uses nor disturbs the one of `make demo`.
+export HOWDAH_LAB=test
+lab=$CARGO_TARGET_DIR/debug/howdah-lab
+# Emulated nodes and two cores: more parallel tests only wait for each other.
+threads=2
+
+build=
+build_log=$(mktemp)
+finish() {
+    status=$?
+    if [ -n "$build" ]; then
+        # It may have ended by itself, which is as good.
+        kill "$build" 2>/dev/null || true
+        wait "$build" || true
+    fi
+    rm -f "$build_log"
+    if [ "$status" != 0 ]; then
+        "$lab" status >&2 || true
+    fi
+    "$lab" down >&2 || status=1
+    exit "$status"
+}
+trap finish EXIT
+trap 'exit 130' INT TERM
+
+run() {
+    printf '\n== %s tests\n' "$1" >&2
+    # The whole workspace and a filter, as in the Makefile: other features would compile foreign crates again.
+    cargo test --workspace --locked "${@:2}"
+}
+
+# What a killed run left would be taken for this one's.
+"$lab" down
+# The API tests make storage classes of their own under Rook's names; Rook's are immutable.
+"$lab" down
+# What the nodes are made of takes minutes to compile, and the next tests mostly wait, for Ceph and for
+# each other.
+nice "$lab" build >"$build_log" 2>&1 &
+build=$!
+run "storage level (Ceph and PostgreSQL)" --test storage -- --test-threads=$((2 * threads))
+if ! wait "$build"; then
+    build=
+    cat "$build_log" >&2
+    exit 1
+fi
+build=
+"$lab" up --nodes 3
+run "cluster level (three nodes, howdah installed)" --test cluster -- --test-threads="$threads"
+# These break nodes, so nothing else may use them meanwhile.
+run "broken nodes" --test nodes -- --test-threads=1
+"$lab" down
+run "the lab itself" --test lab -- --test-threads=1
