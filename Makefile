@@ -82,6 +82,14 @@ bench-admission: ## Measure the webhook beside a minimal admission server; write
 	cargo build --release --locked -p howdah-bench-admission -p howdah-lab
 	$(CARGO_TARGET_DIR)/release/bench-admission $(BENCH_FLAGS)
 
+# A lab of its own, whose ten thousand databases nobody else has to look at.
+.PHONY: bench-scale
+bench-scale: ## Measure the scheduler over ten thousand databases; writes docs/benchmarks/scale.md
+	cargo build --release --locked -p howdah-scheduler
+	cargo build --release --locked -p howdah-bench-backup -p howdah-lab
+	HOWDAH_LAB=bench $(CARGO_TARGET_DIR)/release/bench-backup $(BENCH_FLAGS)
+	HOWDAH_LAB=bench $(CARGO_TARGET_DIR)/release/howdah-lab down
+
 .PHONY: lab-binary
 lab-binary:
 	cargo build --workspace --bins --locked

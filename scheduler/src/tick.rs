@@ -101,6 +101,8 @@ struct Term {
     runs: JoinSet<()>,
     /// The databases of the running tasks.
     running: HashMap<Id, DatabaseKey>,
+    /// The same databases: each has one task at most.
+    busy: HashSet<DatabaseKey>,
     /// Per StatefulSet uid: the schedule as it was last seen, and since when.
     seen: HashMap<String, (String, Timestamp)>,
     /// Slots reserved in this term, which the cache may not show yet.
@@ -144,6 +146,7 @@ impl Term {
             lost,
             runs: JoinSet::new(),
             running: HashMap::new(),
+            busy: HashSet::new(),
             seen: HashMap::new(),
             reserved: HashMap::new(),
             missed: HashSet::new(),
@@ -156,13 +159,19 @@ impl Term {
     async fn one_run_ended(&mut self) {
         match self.runs.join_next_with_id().await {
             None => std::future::pending().await,
-            Some(Ok((id, ()))) => drop(self.running.remove(&id)),
+            Some(Ok((id, ()))) => self.ended(id),
             Some(Err(join)) => {
                 error!(error = %join, "a backup task ended badly: it is taken up again");
-                self.running.remove(&join.id());
+                self.ended(join.id());
             }
         }
         self.cx.metrics.open.set(self.running.len() as i64);
+    }
+
+    fn ended(&mut self, task: Id) {
+        if let Some(key) = self.running.remove(&task) {
+            self.busy.remove(&key);
+        }
     }
 
     async fn drain(mut self) {
@@ -247,8 +256,7 @@ impl Term {
         let mut slots = backups.slots(&key, &uid);
         slots.extend(self.reserved.get(&uid).into_iter().flatten());
         let first_seen = self.first_seen(&uid, expression.as_str(), settings, &slots, now);
-        let open_run =
-            self.running.values().any(|running| *running == key) || backups.is_open(&key, &uid);
+        let open_run = self.busy.contains(&key) || backups.is_open(&key, &uid);
         let known = Known {
             schedule: expression,
             zone: &settings.time_zone,
@@ -346,7 +354,7 @@ impl Term {
         let mut open: Vec<Work> = backups.chain(restores).collect();
         open.sort_by(|a, b| (!a.begun, a.since, &a.name).cmp(&(!b.begun, b.since, &b.name)));
         for work in open {
-            let free = !self.running.values().any(|running| *running == work.key);
+            let free = !self.busy.contains(&work.key);
             if free && (work.kind == Kind::Restore || work.begun || !self.is_held(&work.key)) {
                 self.spawn(work);
             }
@@ -377,6 +385,7 @@ impl Term {
                 );
             }
         });
+        self.busy.insert(key.clone());
         self.running.insert(task.id(), key);
         self.cx.metrics.open.set(self.running.len() as i64);
     }
@@ -390,7 +399,8 @@ impl Term {
             if !database.annotations().contains_key(names::SCHEDULE) {
                 continue;
             }
-            match backups.newest_good(&key_of(database), database.metadata.uid.as_deref().unwrap_or_default()) {
+            match backups.newest_good(&key_of(database), database.metadata.uid.as_deref().unwrap_or_default())
+            {
                 Some(newest) => stalest = stalest.max(now.duration_since(newest).as_secs_f64()),
                 None => without += 1,
             }

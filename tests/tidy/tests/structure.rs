@@ -51,6 +51,7 @@ fn dependencies_point_one_way() {
         ("howdah-lab", &["howdah-core", "howdah-adapters"][..]),
         ("howdah-fuzz", &["howdah-core", "howdah-webhook"][..]),
         ("howdah-bench-admission", &["howdah-lab"][..]),
+        ("howdah-bench-backup", &["howdah-core", "howdah-adapters", "howdah-lab"][..]),
         ("howdah-tidy", &[][..]),
     ]);
     for (package, edges) in member_edges(&metadata()) {

@@ -1,0 +1,102 @@
+//! The report: a page with the figures, and how each was obtained and on what.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+
+use crate::scale::{Idle, Plan, Results};
+use crate::watched::WAKE_SECONDS;
+
+/// The databases and backups of the target.
+const TARGET: (f64, f64) = (10_000.0, 1_000_000.0);
+
+/// Writes `scale.md` into the folder of the plan.
+///
+/// # Errors
+/// If it cannot be written.
+pub fn write(plan: &Plan, results: &Results) -> Result<()> {
+    fs::create_dir_all(&plan.report).context("make the folder of the report")?;
+    let path = plan.report.join("scale.md");
+    fs::write(&path, page(plan, results)).context("write the report")?;
+    eprintln!("the report is {}", path.display());
+    Ok(())
+}
+
+fn page(plan: &Plan, results: &Results) -> String {
+    let mib = |kib: u64| kib as f64 / 1024.0;
+    let mut rows = String::new();
+    for idle in &results.idle {
+        let _ = writeln!(
+            rows,
+            "| {} | {} | {:.1} s | {:.1} | {:.1} | {:.2} ms | {} in {} ticks |",
+            idle.databases,
+            idle.backups,
+            idle.start_to_first_tick.as_secs_f64(),
+            mib(idle.memory_kib),
+            mib(idle.peak_kib),
+            idle.tick.as_secs_f64() * 1000.0,
+            idle.requests,
+            idle.ticks,
+        );
+    }
+    let late = |part: f64| quantile(&results.lateness, part).as_secs_f64();
+    format!(
+        "# The scheduler over many databases\n\n\
+         Written by `make bench-scale`, on {machine}; the load average was {load} at the end, and the API server, etcd and the\n\
+         benchmark share the processors with the scheduler.\n\n\
+         ## Idle\n\n\
+         | databases | backups | start to first tick | memory, MiB | at the peak | a tick | requests for StatefulSets and records |\n\
+         |---|---|---|---|---|---|---|\n{rows}\n\
+         Requests in a tick are the same whatever the number of idle databases; watches are not counted. {memory}\n\n\
+         ## All due in one slot\n\n\
+         {databases} databases with the same daily slot, which the jitter spreads over five minutes. From the alarm of the tick\n\
+         (every {WAKE_SECONDS} s) until a database was found due in it: p50 {p50:.2} s, p99 {p99:.2} s, longest {most:.2} s (target: p99 <= 1 s).\n\
+         Each takes its slot by creating a record, and those that wait for their turn are held as well: the memory peaked at\n\
+         {peak:.1} MiB (target: <= 200 MiB).\n\n\
+         ## How each figure was obtained\n\n\
+         - The StatefulSets (two containers, no replicas) and the backups (phase Taken, a journal of six steps) are objects of a\n  real API server. There are no pods and no volumes, so that every backup that begins ends in its preflight.\n\
+         - The scheduler is the released one, with the settings that are installed. Memory is `VmRSS` and `VmHWM` of /proc.\n\
+         - Ticks are timed by the scheduler's own metric `howdah_scheduler_tick_duration_seconds`, requests counted by the API\n  server's `apiserver_request_total`, over a minute.\n\
+         - The lateness is read from the times in the scheduler's log.\n",
+        machine = machine(),
+        load = fs::read_to_string("/proc/loadavg").unwrap_or_default().split(' ').next().unwrap_or_default(),
+        memory = projection(&results.idle),
+        databases = plan.databases,
+        p50 = late(0.5),
+        p99 = late(0.99),
+        most = late(1.0),
+        peak = mib(results.peak_kib),
+    )
+}
+
+/// What the memory comes to at the target's size, when it grows as it does from the small crowd to the large one.
+fn projection(idle: &[Idle]) -> String {
+    let [few, many] = idle else { return String::new() };
+    let backups = f64::from(many.backups - few.backups);
+    let databases = f64::from(many.databases - few.databases);
+    let grown = (many.memory_kib.saturating_sub(few.memory_kib)) as f64 * 1024.0;
+    format!(
+        "\nA database with its {:.0} backups takes {:.0} bytes of the scheduler's memory. (The target is {:.0} databases with {:.0}\nbackups in all, of which this machine's API server cannot hold so many: see the next run with fewer databases and a\nhundred backups each.)",
+        backups / databases,
+        grown / databases,
+        TARGET.0,
+        TARGET.1,
+    )
+}
+
+fn quantile(sorted: &[Duration], part: f64) -> Duration {
+    let last = sorted.len().saturating_sub(1);
+    sorted.get((last as f64 * part).round() as usize).copied().unwrap_or_default()
+}
+
+/// Processor, number of cores and kernel.
+fn machine() -> String {
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default();
+    let model = model.trim_start_matches([' ', '\t', ':']);
+    let cores = cpu.lines().filter(|line| line.starts_with("processor")).count();
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    format!("{cores} processors {model}, Linux {}", kernel.trim())
+}
