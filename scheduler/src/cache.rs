@@ -13,6 +13,7 @@ use futures::{FutureExt as _, Stream, StreamExt as _, TryStreamExt as _};
 use howdah_adapters::records::PostgresRestore;
 use howdah_core::names;
 use k8s_openapi::api::apps::v1::StatefulSet;
+use kube::core::PartialObjectMeta;
 use kube::runtime::reflector::store::Writer;
 use kube::runtime::reflector::{ObjectRef, Store, store};
 use kube::runtime::{WatchStreamExt as _, watcher};
@@ -31,10 +32,14 @@ const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 /// What is watched, and what went wrong.
 type Failed = (&'static str, watcher::Error);
 
+/// What a tick needs of a StatefulSet. A whole one takes ten times as much memory; an operation reads it when it begins,
+/// and finds it as it is then.
+pub type Protected = PartialObjectMeta<StatefulSet>;
+
 /// The caches; clones share them.
 #[derive(Debug, Clone)]
 pub struct Caches {
-    databases: Store<StatefulSet>,
+    databases: Store<Protected>,
     backups: Backups,
     restores: Store<PostgresRestore>,
 }
@@ -88,7 +93,7 @@ impl Caches {
 
     /// The protected StatefulSets.
     #[must_use]
-    pub fn databases(&self) -> Vec<Arc<StatefulSet>> {
+    pub fn databases(&self) -> Vec<Arc<Protected>> {
         self.databases.state()
     }
 
@@ -106,23 +111,25 @@ impl Caches {
 
     /// One protected StatefulSet.
     #[must_use]
-    pub fn database(&self, namespace: &str, name: &str) -> Option<Arc<StatefulSet>> {
+    pub fn database(&self, namespace: &str, name: &str) -> Option<Arc<Protected>> {
         self.databases.get(&ObjectRef::new(name).within(namespace))
     }
 }
 
-/// The protected StatefulSets without what nobody reads, which is most of one.
+/// The protected StatefulSets, without what nobody reads.
 fn keep_databases(
     client: &Client,
     protected: watcher::Config,
-    writer: Writer<StatefulSet>,
+    writer: Writer<Protected>,
 ) -> impl Stream<Item = Result<(), Failed>> + use<> {
-    let lean = |database: &mut StatefulSet| {
+    let lean = |database: &mut Protected| {
         database.metadata.managed_fields = None;
         database.annotations_mut().remove(LAST_APPLIED);
-        database.status = None;
     };
-    let stream = watcher(Api::all(client.clone()), protected).default_backoff().modify(lean).reflect(writer);
+    let stream = watcher(Api::<Protected>::all(client.clone()), protected)
+        .default_backoff()
+        .modify(lean)
+        .reflect(writer);
     stream.map_ok(drop).map_err(|error| ("StatefulSet", error))
 }
 

@@ -15,7 +15,6 @@ use howdah_core::backup::{
 use howdah_core::catalogue::Entry;
 use howdah_core::names;
 use jiff::Timestamp;
-use k8s_openapi::api::apps::v1::StatefulSet;
 use kube::ResourceExt as _;
 use kube::runtime::events::{Event as ClusterEvent, EventType};
 use tracing::{info, warn};
@@ -311,7 +310,7 @@ impl<'a> Effects<'a> {
         };
         let database = self.cx.caches.database(&self.namespace(), &self.backup.spec.stateful_set);
         let published = match database.as_deref() {
-            Some(database) => self.cx.kubernetes.publish::<StatefulSet>(event, database).await,
+            Some(database) => self.cx.kubernetes.publish(event, database).await,
             None => self.cx.kubernetes.publish(event, &self.backup).await,
         };
         if let Err(error) = published {

@@ -13,7 +13,6 @@ use howdah_core::backup::{FailureKind, Problem};
 use howdah_core::names;
 use howdah_core::restore::{self, Effect, Event, Goal, Order, Phase, Request, RestoreStatus};
 use jiff::Timestamp;
-use k8s_openapi::api::apps::v1::StatefulSet;
 use kube::runtime::events::{Event as ClusterEvent, EventType};
 use kube::{Api, ResourceExt as _};
 use tokio_util::sync::CancellationToken;
@@ -196,7 +195,7 @@ impl<'a> Restore<'a> {
         };
         let database = self.cx.caches.database(&self.namespace(), &self.record.spec.stateful_set);
         let published = match database.as_deref() {
-            Some(database) => self.cx.kubernetes.publish::<StatefulSet>(event, database).await,
+            Some(database) => self.cx.kubernetes.publish(event, database).await,
             None => self.cx.kubernetes.publish(event, &self.record).await,
         };
         if let Err(error) = published {

@@ -17,7 +17,6 @@ use howdah_core::backup::Trigger;
 use howdah_core::names;
 use howdah_core::schedule::{self, Decision, Known, Waiting};
 use jiff::{SignedDuration, Timestamp};
-use k8s_openapi::api::apps::v1::StatefulSet;
 use kube::api::{ObjectMeta, PostParams};
 use kube::{Api, ResourceExt as _};
 use tokio::sync::Notify;
@@ -26,7 +25,7 @@ use tokio_cron_scheduler::{Job, JobScheduler};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::cache::{DatabaseKey, Open};
+use crate::cache::{DatabaseKey, Open, Protected};
 use crate::context::Context;
 use crate::{backup, restore};
 
@@ -129,7 +128,7 @@ struct Quiet {
 }
 
 impl Quiet {
-    fn of(cx: &Context, database: &StatefulSet) -> Self {
+    fn of(cx: &Context, database: &Protected) -> Self {
         Self {
             until: None,
             resource_version: database.metadata.resource_version.clone(),
@@ -228,7 +227,7 @@ impl Term {
     }
 
     /// Whether a look at the database would find what the last one found: that nothing is due.
-    fn is_quiet(&self, database: &StatefulSet, now: Timestamp) -> bool {
+    fn is_quiet(&self, database: &Protected, now: Timestamp) -> bool {
         let Some(quiet) = database.metadata.uid.as_ref().and_then(|uid| self.quiet.get(uid)) else {
             return false;
         };
@@ -238,12 +237,7 @@ impl Term {
     }
 
     /// Reserves the slot of one database if it is due; says for how long nothing will be, if that is known.
-    async fn look_at(
-        &mut self,
-        database: &StatefulSet,
-        settings: &Settings,
-        now: Timestamp,
-    ) -> Option<Quiet> {
+    async fn look_at(&mut self, database: &Protected, settings: &Settings, now: Timestamp) -> Option<Quiet> {
         let quiet = Quiet::of(&self.cx, database);
         let Some(expression) = &settings.schedule else { return Some(quiet) };
         // An operation holds the database: a slot that falls due meanwhile is caught up afterwards, or was missed.
@@ -308,7 +302,7 @@ impl Term {
     }
 
     /// Creates the record, whose name is the lock on the slot.
-    async fn reserve(&mut self, database: &StatefulSet, slot: Timestamp) {
+    async fn reserve(&mut self, database: &Protected, slot: Timestamp) {
         let (namespace, name) = key_of(database);
         let uid = database.uid();
         let record = names::backup_name(&name, slot);
@@ -391,7 +385,7 @@ impl Term {
     }
 
     /// Sets the gauges that alerts are made of.
-    fn measure(&self, databases: &[Arc<StatefulSet>], now: Timestamp) {
+    fn measure(&self, databases: &[Arc<Protected>], now: Timestamp) {
         let backups = self.cx.caches.backups();
         let mut stalest = 0.0_f64;
         let mut without = 0;
@@ -411,7 +405,7 @@ impl Term {
     }
 
     /// Drops the memory of StatefulSets that are gone.
-    fn forget(&mut self, databases: &[Arc<StatefulSet>]) {
+    fn forget(&mut self, databases: &[Arc<Protected>]) {
         let uids: HashSet<String> = databases.iter().filter_map(|database| database.uid()).collect();
         self.seen.retain(|uid, _| uids.contains(uid));
         self.reserved.retain(|uid, _| uids.contains(uid));
@@ -456,7 +450,7 @@ enum Kind {
     Restore,
 }
 
-fn key_of(database: &StatefulSet) -> DatabaseKey {
+fn key_of(database: &Protected) -> DatabaseKey {
     (database.namespace().unwrap_or_default(), database.name_any())
 }
 

@@ -40,7 +40,7 @@ impl Effects<'_> {
             )
         })?;
         let (namespace, name) = (self.namespace(), self.backup.spec.stateful_set.clone());
-        let database = self.cx.caches.database(&namespace, &name).ok_or_else(|| {
+        let database = protected(self.cx, &namespace, &name).await?.ok_or_else(|| {
             Problem::new(
                 FailureKind::Permanent,
                 format!("there is no protected StatefulSet {namespace}/{name}"),
@@ -183,6 +183,16 @@ async fn room(cx: &Context, ceph: &Ceph, pool: &str) -> Result<Option<Problem>, 
             Ok(None)
         }
     }
+}
+
+/// The StatefulSet as it is now, if it is protected.
+async fn protected(cx: &Context, namespace: &str, name: &str) -> Result<Option<StatefulSet>, Problem> {
+    let sets = Api::<StatefulSet>::namespaced(cx.kubernetes.client().clone(), namespace);
+    let found = call(format!("get the StatefulSet {namespace}/{name}"), sets.get_opt(name)).await;
+    let is_protected = |set: &StatefulSet| {
+        set.labels().get(names::PROTECT_LABEL).is_some_and(|value| value == names::PROTECT_VALUE)
+    };
+    Ok(found.map_err(|error| of_kubernetes(&error))?.filter(is_protected))
 }
 
 /// The pod of the one replica; `None` when the StatefulSet is scaled to zero and the pod is gone.
