@@ -1,7 +1,5 @@
 //! The alerts, tried on Prometheus' own engine: each fires when it should, and none when all is well.
 
-#![expect(clippy::expect_used, reason = "a test says what is wrong by failing")]
-
 use std::fs;
 use std::process::Command;
 

@@ -73,6 +73,7 @@ fn no_request_fails_while_a_webhook_replica_is_deleted() {
 fn the_other_scheduler_leads_when_the_leader_is_deleted() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let lab = lab().unwrap();
+    wait_for("two schedulers", START_LIMIT, || Ok(ready_pods(&lab, "scheduler")?.len() == 2)).unwrap();
     wait_for("a first leader", TAKE_OVER_LIMIT, || Ok(!leader(&lab)?.is_empty())).unwrap();
     let first = leader(&lab).unwrap();
     let others: Vec<String> = ready_pods(&lab, "scheduler")
