@@ -17,6 +17,8 @@ use crate::database::{BACKUP_LIMIT, Database, START_LIMIT};
 const MOVE_LIMIT: Duration = Duration::from_secs(420);
 /// A drain may have to wait for a whole backup, and then for the pod's end.
 const DRAIN_LIMIT: &str = "--timeout=400s";
+/// kubectl starts in a second; a step of a backup may take half a minute before it fails.
+const TOLD_LIMIT: Duration = Duration::from_secs(30);
 /// Backups that the drain may miss the middle of before the test gives up.
 const TRIES_MAX: usize = 4;
 /// Rows that must come along.
@@ -70,20 +72,46 @@ fn held(database: &Database) -> Result<bool> {
     Ok(database.backups()?.iter().any(|(_, status)| holding.contains(&status.phase)))
 }
 
-/// Drains the database's node when a backup is in its middle, which lasts some ten seconds here; says whether the drain
-/// was told to wait, or came when that was over. It moves the database in either case.
+/// Ceph answers nobody until this is dropped, so that a backup in its middle stays there.
+struct Paused<'a>(&'a Lab);
+
+impl<'a> Paused<'a> {
+    fn now(lab: &'a Lab) -> Result<Self> {
+        lab.ceph(&["osd", "set", "pause"])?;
+        Ok(Self(lab))
+    }
+}
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.ceph(&["osd", "unset", "pause"]) {
+            eprintln!("let Ceph go on: {error:#}");
+        }
+    }
+}
+
+/// Drains the database's node when a backup is in its middle; says whether the drain was told to wait, or came when that
+/// was over. It moves the database in either case.
 fn drain_in_a_backup(database: &Database) -> Result<bool> {
     let node = Node::of(database)?;
     database.annotate(&["howdah.dev/suspend=false"])?;
     database.wait("a backup in its middle", || held(database))?;
+    let paused = Paused::now(&database.lab)?;
+    let said = tempfile::NamedTempFile::new().context("make a file for what the drain says")?;
     let mut drain = database.lab.command(database.lab.path("bin/kubectl"));
     drain.args(["drain", &node.name, "--pod-selector=howdah.dev/protect=true", DRAIN_LIMIT]);
-    let output = drain.stdin(Stdio::null()).output().context("run kubectl drain")?;
+    let mut drain = drain.stdin(Stdio::null()).stderr(said.reopen()?).spawn().context("run kubectl drain")?;
+    let read = || std::fs::read_to_string(said.path()).unwrap_or_default();
+    let waited = wait_slowly(TOLD_LIMIT, || {
+        let said = read();
+        said.contains("will retry after 5s") && said.contains("[eviction]")
+    });
+    drop(paused);
     database.annotate(&["howdah.dev/suspend=true"])?;
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(output.status.success(), "the drain failed: {said}");
+    let status = drain.wait().context("wait for kubectl drain")?;
+    ensure!(status.success(), "the drain failed: {}", read());
     moved(database, &node.name, ROWS)?;
-    Ok(said.contains("will retry after 5s") && said.contains("[eviction]"))
+    Ok(waited)
 }
 
 #[test]

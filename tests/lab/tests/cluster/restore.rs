@@ -32,6 +32,9 @@ impl Database {
         database.kubectl(&["apply", "-f", manifest.to_str().context("write the path as text")?])?;
         database.kubectl(&["annotate", "--overwrite", "statefulset", "db", "howdah.dev/suspend=true"])?;
         database.kubectl(&["rollout", "status", "statefulset/db", START_LIMIT])?;
+        // The image's entrypoint wrote pg_hba.conf a moment ago. What PostgreSQL does not write itself is in a snapshot
+        // once the kernel has written it, some 30 s later (docs/restore.md).
+        database.kubectl(&["exec", "db-0", "--", "sync"])?;
         Ok(database)
     }
 
