@@ -50,7 +50,7 @@ use crate::annotations::{Mode, Settings};
 use crate::names;
 
 pub use answer::{WARNING_CHARS_MAX, WARNINGS_MAX};
-pub use claims::{Claim, Needed, StorageClass, Volume, needed};
+pub use claims::{Claim, Needed, StorageClass, Volume, is_by_hand, needed};
 pub use floor::Floor;
 pub use holding::HoldingBackup;
 pub use reference::reference;
@@ -502,8 +502,7 @@ pub fn mutate(request: &Request<'_>, facts: &ClusterFacts, now: Timestamp) -> Ve
         _ => {}
     }
     // A mark for the API server alone: who only looks at an object is to see its defaults.
-    let judged = validate(&Request { object: Some(&edited), ..*request }, facts, now);
-    if request.user.is_some() && floor::is_refused(&judged) {
+    if request.user.is_some() && is_floored(&Request { object: Some(&edited), ..*request }, facts, now) {
         floor::mark(&mut edited);
     }
     if edited != *object {
@@ -521,48 +520,90 @@ pub fn validate(request: &Request<'_>, facts: &ClusterFacts, now: Timestamp) -> 
         verdict.audit_annotations.insert("break-glass".to_owned(), user.name.clone());
         return verdict;
     }
-    let settings = readable_settings(governing).0;
-    let object = request.object.or(request.old_object).unwrap_or(governing);
-    let subject = Subject { object, request, settings: &settings, facts, now };
-    let context = Context { settings: &settings, made_by: made_by(governing), today: today(now) };
-    for rule in RULES.iter().filter(|rule| rule.targets.contains(&request.target)) {
-        let (found, before) = match rule.check {
-            Check::State(check) => states(check, &subject),
-            Check::Step(check) if request.user.is_some() => (check(&subject), Vec::new()),
-            Check::Step(_) => continue,
-        };
-        let before: HashSet<Finding> = before.into_iter().collect();
-        verdict.outcomes.extend(found.into_iter().map(|finding| {
-            let (effect, because) = context.weigh(rule, &finding, before.contains(&finding));
-            Outcome { rule, finding, effect, because }
-        }));
-    }
+    let hearing = Hearing::new(request, governing, facts, now);
+    let rules = RULES.iter().filter(|rule| rule.targets.contains(&request.target));
+    verdict.outcomes.extend(rules.flat_map(|rule| hearing.outcomes(rule)));
     if request.target == Target::StatefulSet && request.object.is_some_and(is_protected) {
-        verdict.outcomes.extend(exemptions::warnings(&settings, context.today));
+        verdict.outcomes.extend(exemptions::warnings(&hearing.settings, today(now)));
     }
-    verdict.mode = Some(settings.mode);
+    verdict.mode = Some(hearing.settings.mode);
     answer::conclude(&mut verdict, governing, request);
     verdict
 }
 
-/// What `check` finds in the object as it is going to be, and what it finds in the object as it is. An object that ends,
-/// or whose label goes, has no state that would be worth judging.
-fn states(check: fn(&Subject<'_>) -> Vec<Finding>, subject: &Subject<'_>) -> (Vec<Finding>, Vec<Finding>) {
-    let request = subject.request;
-    let Some(object) = request.object.filter(|_| request.operation != Operation::Delete) else {
-        return (Vec::new(), Vec::new());
-    };
-    if request.target == Target::StatefulSet && !is_protected(object) {
-        return (Vec::new(), Vec::new());
+/// Whether the floor would refuse this change to a StatefulSet: what [`validate`] finds of it, up to the first denial.
+fn is_floored(request: &Request<'_>, facts: &ClusterFacts, now: Timestamp) -> bool {
+    if request.user.is_some_and(User::breaks_the_glass) {
+        return false;
     }
-    let old = request.old_object.filter(|_| request.operation == Operation::Update);
-    let before = old.map(|old| {
-        // The annotations are a part of the state: what they ask for now may be what makes a violation of it.
-        let settings = readable_settings(old).0;
-        let settings = if request.target == Target::StatefulSet { &settings } else { subject.settings };
-        check(&Subject { object: old, settings, ..*subject })
-    });
-    (check(&Subject { object, ..*subject }), before.unwrap_or_default())
+    let Some(governing) = governing(request, facts) else { return false };
+    let hearing = Hearing::new(request, governing, facts, now);
+    let rules = RULES.iter().filter(|rule| rule.floor.has_twin(request.target));
+    rules.flat_map(|rule| hearing.outcomes(rule)).any(|outcome| floor::refuses(&outcome))
+}
+
+/// One request before the rules: what they look at, and what their findings are weighed by.
+struct Hearing<'a> {
+    request: &'a Request<'a>,
+    facts: &'a ClusterFacts,
+    now: Timestamp,
+    /// The new object, or the old where there is no new.
+    object: &'a Value,
+    /// What the annotations of the governing object say.
+    settings: Settings,
+    /// The object as it is, where its state is judged, with what its own annotations say: they are a part of the state,
+    /// and what they ask for now may be what makes a violation of it.
+    before: Option<(&'a Value, Settings)>,
+    made_by: Option<String>,
+}
+
+impl<'a> Hearing<'a> {
+    fn new(request: &'a Request<'a>, governing: &'a Value, facts: &'a ClusterFacts, now: Timestamp) -> Self {
+        let settings = readable_settings(governing).0;
+        let old = request.old_object.filter(|_| request.operation == Operation::Update);
+        let before = old.map(|old| {
+            let of_set = request.target == Target::StatefulSet;
+            (old, if of_set { readable_settings(old).0 } else { settings.clone() })
+        });
+        let object = request.object.or(request.old_object).unwrap_or(governing);
+        Self { request, facts, now, object, settings, before, made_by: made_by(governing) }
+    }
+
+    /// Everything that `rule` finds, and what becomes of it.
+    fn outcomes(&self, rule: &'static Rule) -> impl Iterator<Item = Outcome> {
+        let subject = |object, settings| {
+            let Self { request, facts, now, .. } = *self;
+            Subject { object, request, settings, facts, now }
+        };
+        let (found, before) = match rule.check {
+            Check::State(check) => match self.state() {
+                None => (Vec::new(), HashSet::new()),
+                Some(object) => {
+                    let found = check(&subject(object, &self.settings));
+                    // Without a finding there is nothing that could have been there before.
+                    let before = self.before.as_ref().filter(|_| !found.is_empty());
+                    let before = before.map(|(old, settings)| check(&subject(old, settings)));
+                    (found, before.unwrap_or_default().into_iter().collect())
+                }
+            },
+            Check::Step(check) if self.request.user.is_some() => {
+                (check(&subject(self.object, &self.settings)), HashSet::new())
+            }
+            Check::Step(_) => (Vec::new(), HashSet::new()),
+        };
+        let context =
+            Context { settings: &self.settings, made_by: self.made_by.as_deref(), today: today(self.now) };
+        found.into_iter().map(move |finding| {
+            let (effect, because) = context.weigh(rule, &finding, before.contains(&finding));
+            Outcome { rule, finding, effect, because }
+        })
+    }
+
+    /// The object whose state is judged. One that ends, or whose label goes, has no state that would be worth judging.
+    fn state(&self) -> Option<&'a Value> {
+        let object = self.request.object.filter(|_| self.request.operation != Operation::Delete)?;
+        (self.request.target != Target::StatefulSet || is_protected(object)).then_some(object)
+    }
 }
 
 /// The object whose label and annotations decide about the request; `None` when howdah has no say in it.
@@ -632,7 +673,7 @@ fn readable_settings(object: &Value) -> (Settings, Vec<crate::annotations::Annot
 /// What findings are weighed by.
 struct Context<'a> {
     settings: &'a Settings,
-    made_by: Option<String>,
+    made_by: Option<&'a str>,
     today: Date,
 }
 
@@ -655,7 +696,7 @@ impl Context<'_> {
         }
         let warns = rule.refusal == Refusal::Advice || finding.weight == Weight::Warning;
         // Whoever wrote the StatefulSet would write it again: to refuse that would only break the operator.
-        let operator = self.made_by.as_ref().filter(|_| matches!(rule.check, Check::State(_)));
+        let operator = self.made_by.filter(|_| matches!(rule.check, Check::State(_)));
         match self.settings.mode {
             Mode::Audit => (Effect::Audit, ended),
             Mode::Warn => (Effect::Warn, ended),
@@ -850,8 +891,9 @@ mod tests {
         let marked = |object: &Value| {
             let mutated = mutated(object);
             let mark = json::string(&mutated, &["metadata", "annotations", names::WEBHOOK_ANSWERS]);
-            assert_eq!(mark.is_some(), floor::is_refused(&review(None, &mutated)));
-            assert!(mark.is_none() || !review(None, &mutated).allowed, "a marked object is never stored");
+            let judged = review(None, &mutated);
+            assert_eq!(mark.is_some(), judged.outcomes.iter().any(floor::refuses));
+            assert!(mark.is_none() || !judged.allowed, "a marked object is never stored");
             mark.is_some()
         };
         assert!(marked(&set(2, 300, &[])));

@@ -14,7 +14,7 @@ use base64::Engine as _;
 use howdah_core::annotations::{Settings, parse};
 use howdah_core::names;
 use howdah_core::policy::{
-    self, ClusterFacts, Effect, HoldingBackup, Operation, Request, StorageClass, Verdict,
+    self, ClusterFacts, Effect, HoldingBackup, Operation, Request, StorageClass, Target, Verdict,
 };
 use howdah_webhook::review::{self, Review};
 use jiff::Timestamp;
@@ -62,7 +62,13 @@ pub fn review(body: &[u8]) {
     looked_at(&review, &judged, body.len(), false);
     looked_at(&review, &mutation, body.len(), true);
     assert!(mutation.allowed, "a mutation never denies");
-    let Some(patch) = mutation.patch else { return };
+    let Some(patch) = mutation.patch else {
+        assert!(
+            !refused_by_the_floor(&request, &judged) || is_marked(&review),
+            "the floor would speak before the webhook"
+        );
+        return;
+    };
     let mut changed = review.object.clone().expect("only what is there is patched");
     json_patch::patch(&mut changed, &patch).expect("a patch applies");
     if review.operation == Operation::Update {
@@ -74,13 +80,36 @@ pub fn review(body: &[u8]) {
     let request = Request { object: Some(&changed), ..request };
     assert!(policy::mutate(&request, &facts, now()).patch.is_none(), "a second patch");
     let before = judged;
-    for outcome in policy::validate(&request, &facts, now()).outcomes {
+    let judged = policy::validate(&request, &facts, now());
+    let marked = changed["metadata"]["annotations"].get(names::WEBHOOK_ANSWERS).is_some();
+    assert!(
+        marked == refused_by_the_floor(&request, &judged) || is_marked(&review),
+        "the mark is not what it says"
+    );
+    for outcome in judged.outcomes {
         let known = before
             .outcomes
             .iter()
             .any(|known| known.rule.id == outcome.rule.id && known.finding.field == outcome.finding.field);
         assert!(known || outcome.effect != Effect::Deny, "denied after the defaults: {:?}", outcome.finding);
     }
+}
+
+/// Whether the policy for StatefulSets in the API server refuses what was judged like this. It is asked about protected
+/// ones that no operator made, and not about deletions (deploy/base/floor.yaml).
+fn refused_by_the_floor(request: &Request<'_>, judged: &Verdict) -> bool {
+    let asked = request.target == Target::StatefulSet
+        && request.operation != Operation::Delete
+        && request
+            .object
+            .is_some_and(|object| policy::is_protected(object) && policy::made_by(object).is_none());
+    asked && judged.outcomes.iter().any(policy::floor::refuses)
+}
+
+/// Whether the object has come with howdah's own mark, which nobody else should write.
+fn is_marked(review: &Review) -> bool {
+    let annotations = review.object.as_ref().map(|object| &object["metadata"]["annotations"]);
+    annotations.is_some_and(|annotations| annotations.get(names::WEBHOOK_ANSWERS).is_some())
 }
 
 /// Checks the answer that carries a verdict.

@@ -14,7 +14,7 @@ use howdah_adapters::telemetry::Gate;
 use howdah_core::names;
 use howdah_core::policy::parents::{belongs_to, is_pod_of, named_by};
 use howdah_core::policy::{
-    Claim, ClusterFacts, Config, HoldingBackup, Operation, Request, StorageClass, Target, Volume,
+    Claim, ClusterFacts, Config, HoldingBackup, Operation, Request, StorageClass, Target, Volume, is_by_hand,
     is_protected, needed,
 };
 use k8s_openapi::api::apps::v1::{StatefulSet, StatefulSetSpec};
@@ -38,7 +38,7 @@ use crate::metrics::Lookup;
 
 /// Limit of one look-up: all of them have to fit into the time the API server waits for the webhook.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(1);
-/// Volumes read per page while the one that is reserved for a claim is searched.
+/// Volumes read per page while the one that suits a claim is searched.
 const VOLUMES_PER_PAGE: u32 = 500;
 /// Pages read at most; a cluster with more volumes has to name the volume in the claim template.
 const VOLUME_PAGES_MAX: usize = 20;
@@ -150,15 +150,21 @@ impl Cluster {
         facts: &mut ClusterFacts,
     ) -> Result<(), KubernetesError> {
         facts.storage_classes.clone_from(&self.classes.read().unwrap_or_else(PoisonError::into_inner));
-        let mut needed = needed(request);
+        let mut needed = needed(request, &facts.storage_classes);
         let claims = Api::<PersistentVolumeClaim>::namespaced(self.client.clone(), request.namespace);
         for name in needed.claims {
             let attempt = format!("look up the claim {}/{name}", request.namespace);
             if let Some(claim) = call_within(LOOKUP_TIMEOUT, attempt, claims.get_opt(&name)).await? {
                 let claim = Claim::from_json(&raw(&claim));
-                needed.volumes.extend(claim.volume.clone());
-                if claim.volume.is_some() {
-                    needed.reserved_for.remove(&name);
+                match (&claim.volume, &claim.storage_class) {
+                    (Some(volume), _) => {
+                        needed.by_hand.remove(&name);
+                        needed.volumes.insert(volume.clone());
+                    }
+                    (None, Some(class)) if is_by_hand(class, &facts.storage_classes) => {
+                        needed.by_hand.insert(name.clone(), class.clone());
+                    }
+                    _ => {}
                 }
                 facts.claims.insert(name, claim);
             }
@@ -170,20 +176,17 @@ impl Cluster {
                 facts.volumes.insert(name, Volume::from_json(&raw(&volume)));
             }
         }
-        if !needed.reserved_for.is_empty() {
-            let reserved = |volume: &Volume| {
-                let claim = volume.claim.as_ref();
-                claim.is_some_and(|(space, name)| {
-                    space == request.namespace && needed.reserved_for.contains(name)
-                })
+        if !needed.by_hand.is_empty() {
+            let suits = |volume: &Volume| {
+                needed.by_hand.iter().any(|(claim, class)| volume.suits(request.namespace, claim, class))
             };
             let mut page = ListParams::default().limit(VOLUMES_PER_PAGE);
             for _ in 0..VOLUME_PAGES_MAX {
-                let attempt = "search the volume that is reserved for a claim";
+                let attempt = "search the volume that a claim is bound to by hand";
                 let list = call_within(LOOKUP_TIMEOUT, attempt, volumes.list(&page)).await?;
                 let read =
                     list.items.iter().map(|volume| (volume.name_any(), Volume::from_json(&raw(volume))));
-                facts.volumes.extend(read.filter(|(_, volume)| reserved(volume)));
+                facts.volumes.extend(read.filter(|(_, volume)| suits(volume)));
                 match list.metadata.continue_.filter(|token| !token.is_empty()) {
                     Some(token) => page = page.continue_token(&token),
                     None => break,

@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::layout::{Ground, places};
 use super::{ClusterFacts, Finding, Request, Target, Weight, json};
+use crate::volume::is_rbd_driver;
 
 /// Marks the class that claims without one get.
 const DEFAULT_CLASS: &str = "storageclass.kubernetes.io/is-default-class";
@@ -85,6 +86,8 @@ pub struct Volume {
     pub driver: Option<String>,
     /// What happens to it when its claim is deleted.
     pub reclaim_policy: String,
+    /// The class that it offers itself to; empty where it names none.
+    pub class: String,
     /// Namespace and name of the claim it is bound to or reserved for.
     pub claim: Option<(String, String)>,
     /// What the CSI driver is told about it: for one that was provisioned, the parameters of its class at that time.
@@ -104,10 +107,22 @@ impl Volume {
             // A volume made by hand keeps its data unless it says otherwise.
             reclaim_policy: text(&["spec", "persistentVolumeReclaimPolicy"])
                 .unwrap_or_else(|| "Retain".to_owned()),
+            class: class_named_by(object).unwrap_or_default(),
             claim,
             attributes: json::strings(object, &["spec", "csi", "volumeAttributes"]),
             node: only_node_of(object),
         }
+    }
+
+    /// Whether a claim of this namespace and name, which asks for this class, may be bound to it: it is reserved for the
+    /// claim, or for nobody in a class that is only a name.
+    #[must_use]
+    pub fn suits(&self, namespace: &str, claim: &str, class: &str) -> bool {
+        self.class == class
+            && match &self.claim {
+                Some((space, name)) => space == namespace && name == claim,
+                None => !class.is_empty(),
+            }
     }
 }
 
@@ -127,13 +142,14 @@ pub struct Needed {
     pub claims: BTreeSet<String>,
     /// Volumes.
     pub volumes: BTreeSet<String>,
-    /// Claims without a class and without a volume: the volume that is reserved for them is needed.
-    pub reserved_for: BTreeSet<String>,
+    /// Claims whose volume nobody provisions, with their class: the volumes that suit them are needed, unless they turn out
+    /// to be bound.
+    pub by_hand: BTreeMap<String, String>,
 }
 
 /// Names what [`super::validate`] has to know about the claims of `request`; [`super::mutate`] needs none of it.
 #[must_use]
-pub fn needed(request: &Request<'_>) -> Needed {
+pub fn needed(request: &Request<'_>, classes: &BTreeMap<String, StorageClass>) -> Needed {
     let mut needed = Needed::default();
     let objects = [request.object, request.old_object];
     let protected = objects.iter().flatten().any(|object| super::is_protected(object));
@@ -150,9 +166,11 @@ pub fn needed(request: &Request<'_>) -> Needed {
                 Some(template) => {
                     if let Some(volume) = volume_named_by(template) {
                         needed.volumes.insert(volume);
-                    } else if class_named_by(template).as_deref() == Some("") {
+                    } else if let Some(class) = class_named_by(template)
+                        && is_by_hand(&class, classes)
+                    {
                         needed.claims.insert(claim.name.clone());
-                        needed.reserved_for.insert(claim.name);
+                        needed.by_hand.insert(claim.name, class);
                     }
                 }
             }
@@ -322,37 +340,54 @@ pub(super) fn resolve(
             let fix = "create the claim before the StatefulSet, or use volumeClaimTemplates";
             return Err(Unresolved::missing(&claim.name, fix, facts));
         };
-        return match (&existing.volume, existing.storage_class.as_deref()) {
-            (Some(volume), _) => resolve_volume(volume, facts),
-            (None, Some("")) => Err(Unresolved {
+        let class = existing.storage_class.as_deref();
+        return match existing.volume.as_deref().or_else(|| suiting(claim, class, namespace, facts)) {
+            Some(volume) => resolve_volume(volume, facts),
+            None if class == Some("") => Err(Unresolved {
                 found: format!("{}, which has no class and no volume yet", claim.name),
                 fix: "name its volume in spec.volumeName of the claim".to_owned(),
                 weight: Unresolved::weight(facts),
             }),
-            (None, class) => resolve_class(class, facts),
+            None => resolve_class(class, facts),
         };
     };
     if let Some(volume) = volume_named_by(template) {
         return resolve_volume(&volume, facts);
     }
     let class = class_named_by(template);
-    if class.as_deref() != Some("") {
-        return resolve_class(class.as_deref(), facts);
-    }
-    let reserved = |volume: &Volume| {
-        volume.claim.as_ref().is_some_and(|(space, name)| space == namespace && *name == claim.name)
-    };
-    let bound = existing.and_then(|existing| existing.volume.clone());
-    let volume = bound
-        .or_else(|| facts.volumes.iter().find(|(_, volume)| reserved(volume)).map(|(name, _)| name.clone()));
-    match volume {
-        Some(volume) => resolve_volume(&volume, facts),
-        None => Err(Unresolved {
+    let bound = existing.and_then(|existing| existing.volume.as_deref());
+    let by_hand = class.as_deref().is_some_and(|class| is_by_hand(class, &facts.storage_classes));
+    match bound.filter(|_| by_hand).or_else(|| suiting(claim, class.as_deref(), namespace, facts)) {
+        Some(volume) => resolve_volume(volume, facts),
+        None if class.as_deref() == Some("") => Err(Unresolved {
             found: "\"\" (no class) and no volume is reserved for the claim".to_owned(),
             fix: format!("name a class, or reserve a volume with claimRef {namespace}/{}", claim.name),
             weight: Unresolved::weight(facts),
         }),
+        None => resolve_class(class.as_deref(), facts),
     }
+}
+
+/// Whether nobody provisions volumes of this class: it is none, or only a name by which volumes are bound that somebody
+/// made.
+#[must_use]
+pub fn is_by_hand(class: &str, classes: &BTreeMap<String, StorageClass>) -> bool {
+    class.is_empty() || !classes.contains_key(class)
+}
+
+/// The volume that a claim without one gets where nobody provisions it. Of several it may be any, so the first that is no
+/// image of Ceph counts.
+fn suiting<'a>(
+    claim: &DataClaim<'_>,
+    class: Option<&str>,
+    namespace: &str,
+    facts: &'a ClusterFacts,
+) -> Option<&'a str> {
+    let class = class.filter(|class| is_by_hand(class, &facts.storage_classes))?;
+    let suiting = facts.volumes.iter().filter(|(_, volume)| volume.suits(namespace, &claim.name, class));
+    let is_reserved = |volume: &Volume| volume.claim.is_some();
+    let is_rbd = |volume: &Volume| volume.driver.as_deref().is_some_and(is_rbd_driver);
+    suiting.min_by_key(|(_, volume)| (!is_reserved(volume), is_rbd(volume))).map(|(name, _)| name.as_str())
 }
 
 fn resolve_class(name: Option<&str>, facts: &ClusterFacts) -> Result<Backing, Unresolved> {
@@ -484,19 +519,23 @@ mod tests {
                     {"metadata": {"name": "data"}, "spec": {"storageClassName": ""}},
                     {"metadata": {"name": "wal"}, "spec": {"storageClassName": "", "volumeName": "pv-wal"}},
                     {"metadata": {"name": "log"}, "spec": {"storageClassName": "rook-ceph-block"}},
+                    {"metadata": {"name": "old"}, "spec": {"storageClassName": "manual"}},
                 ],
             },
         });
         let request = |object| Request::look("shop", "pg", object);
         let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
+        let classes = BTreeMap::from([("rook-ceph-block".to_owned(), class("rbd", false, ""))]);
         assert_eq!(
-            needed(&request(&object)),
+            needed(&request(&object), &classes),
             Needed {
-                claims: set(&["by-hand", "data-pg-3"]),
+                claims: set(&["by-hand", "data-pg-3", "old-pg-3"]),
                 volumes: set(&["pv-wal"]),
-                reserved_for: set(&["data-pg-3"]),
+                by_hand: [("data-pg-3", ""), ("old-pg-3", "manual")]
+                    .map(|(claim, class)| (claim.to_owned(), class.to_owned()))
+                    .into(),
             }
         );
-        assert_eq!(needed(&request(&json!({"spec": object["spec"]}))), Needed::default());
+        assert_eq!(needed(&request(&json!({"spec": object["spec"]})), &classes), Needed::default());
     }
 }

@@ -10,7 +10,7 @@
 //! - **Parents.** CEL sees one object. Of a Scale the floor knows only the uid of its StatefulSet, so howdah keeps a list
 //!   of those that are protected in each namespace ([`protected_sets`]), and the policy reads that.
 //! - **Who speaks first.** The API server asks policies before validating webhooks, and a policy says less. A webhook that
-//!   serves is asked before both, to fill in defaults: it then marks what it is going to refuse ([`is_refused`]), and the
+//!   serves is asked before both, to fill in defaults: it then marks what it is going to refuse ([`refuses`]), and the
 //!   floor leaves that to it, so that the user gets every finding and the webhook counts it.
 
 use std::collections::BTreeMap;
@@ -20,7 +20,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{Context, Effect, Finding, RULES, Refusal, Rule, Target, Verdict, json as raw, users};
+use super::{Context, Effect, Finding, Outcome, RULES, Refusal, Rule, Target, json as raw, users};
 use crate::names;
 
 /// Most StatefulSets in the list of one namespace; an object of the API server is bounded (1.5 MiB), and a thousand are
@@ -53,6 +53,11 @@ impl Floor {
     pub const fn silent(why: &'static str) -> Self {
         Self { twins: &[], makes: |_| false, leaves: Some(why) }
     }
+
+    /// Whether the API server judges this kind of request by the rule.
+    pub(super) fn has_twin(&self, target: Target) -> bool {
+        self.twins.iter().any(|twin| twin.target == target)
+    }
 }
 
 /// One protected StatefulSet, as the API server gets to know it.
@@ -76,14 +81,11 @@ pub struct Change {
     pub sets: Vec<ProtectedSet>,
 }
 
-/// Whether the floor refuses a request that was judged like this. On creation and change of a StatefulSet the webhook marks
-/// the object by this.
+/// Whether the floor refuses what was found, too. On creation and change of a StatefulSet the webhook marks the object by
+/// this.
 #[must_use]
-pub fn is_refused(verdict: &Verdict) -> bool {
-    verdict
-        .outcomes
-        .iter()
-        .any(|outcome| outcome.effect == Effect::Deny && (outcome.rule.floor.makes)(&outcome.finding))
+pub fn refuses(outcome: &Outcome) -> bool {
+    outcome.effect == Effect::Deny && (outcome.rule.floor.makes)(&outcome.finding)
 }
 
 /// Marks `object` as one that the webhook is going to refuse.
@@ -98,8 +100,8 @@ pub fn protected_sets(sets: &[Value], now: Timestamp) -> BTreeMap<String, Vec<Pr
     let mut lists: BTreeMap<String, Vec<ProtectedSet>> = BTreeMap::new();
     for set in sets.iter().filter(|set| super::has_a_say(set)) {
         let text = |key: &str| raw::string(set, &["metadata", key]).unwrap_or_default().to_owned();
-        let settings = super::readable_settings(set).0;
-        let context = Context { settings: &settings, made_by: super::made_by(set), today };
+        let (settings, made_by) = (super::readable_settings(set).0, super::made_by(set));
+        let context = Context { settings: &settings, made_by: made_by.as_deref(), today };
         let any = Finding::new("", "", "");
         let refuses: Vec<String> = RULES
             .iter()

@@ -19,6 +19,15 @@ const VERSIONED_FOLDERS_SINCE: u32 = 18;
 const DATA_VARIABLES: [&str; 2] = ["PGDATA", "POSTGRESQL_DATA_DIR"];
 /// Variables that name a folder of its own for the write-ahead log.
 const WAL_VARIABLES: [&str; 2] = ["POSTGRES_INITDB_WALDIR", "POSTGRESQL_INITDB_WAL_DIR"];
+/// Where images that are not known keep their data, if they are PostgreSQL: as the official one, as those of Fedora and Red
+/// Hat, as Bitnami's, as Patroni's and as Crunchy's.
+const USUAL_FOLDERS: [&str; 5] = [
+    DEFAULT_DATA_DIRECTORY,
+    "/var/lib/pgsql/data",
+    "/bitnami/postgresql/data",
+    "/home/postgres/pgdata",
+    "/pgdata",
+];
 /// Folders below the data that are part of it, and may be volumes of their own. Others, such as `pg_stat_tmp`, may be lost.
 const PARTS: [&str; 3] = ["pg_wal", "pg_xlog", "pg_tblspc"];
 
@@ -29,6 +38,8 @@ enum Family {
     At(&'static str),
     /// As the official image: one folder, which is a volume of the image, and since version 18 one per version.
     Official(Option<u32>),
+    /// An image that is not known. Where something is mounted at a place that only PostgreSQL uses, it is that.
+    Unknown,
 }
 
 /// A folder of the database.
@@ -157,7 +168,9 @@ impl<'a> Server<'a, '_> {
             }
         }
         // A map of variables may hold PGDATA: then only a mount at the place where the image looks tells anything.
-        let sure = json::list(self.container, &["envFrom"]).is_empty() && !self.init;
+        let sure = json::list(self.container, &["envFrom"]).is_empty()
+            && !self.init
+            && self.family != Some(Family::Unknown);
         let field = format!("{}.volumeMounts", self.path);
         let candidates: Vec<Place<'a>> = default_folders(self.family)
             .into_iter()
@@ -233,7 +246,7 @@ impl<'a> Server<'a, '_> {
     }
 }
 
-/// The family of an image; `None` for one that is not known, or is no server.
+/// The family of an image; `None` for one that is no server.
 fn family(image: &str) -> Option<Family> {
     let image = image.to_ascii_lowercase();
     let (name, tag) = name_and_tag(&image);
@@ -249,7 +262,7 @@ fn family(image: &str) -> Option<Family> {
             Some(Family::At("/bitnami/postgresql/data"))
         }
         spilo if spilo.starts_with("spilo") => Some(Family::At("/home/postgres/pgdata/pgroot/data")),
-        _ => None,
+        _ => Some(Family::Unknown),
     }
 }
 
@@ -260,6 +273,7 @@ fn default_folders(family: Option<Family>) -> Vec<String> {
     match family {
         None => Vec::new(),
         Some(Family::At(path)) => vec![path.to_owned()],
+        Some(Family::Unknown) => USUAL_FOLDERS.map(str::to_owned).into(),
         Some(Family::Official(Some(major))) if major >= VERSIONED_FOLDERS_SINCE => vec![of_version(major)],
         Some(Family::Official(Some(_))) => vec![plain],
         Some(Family::Official(None)) => vec![plain, of_version(VERSIONED_FOLDERS_SINCE)],

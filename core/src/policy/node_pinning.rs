@@ -70,7 +70,7 @@ fn check(subject: &Subject<'_>) -> Vec<Finding> {
     for claim in data_claims(subject.object) {
         let backing = resolve(&claim, subject.request.namespace, subject.facts);
         if let Some((what, node)) = backing.ok().and_then(|backing| Some((backing.what, backing.node?))) {
-            let found = format!("{what}, which is on {node} alone");
+            let found = format!("{what}, which only {node} can mount");
             findings.push(
                 Finding::new(claim.field, found, "a volume that every node can mount")
                     .fix("move the data to a volume of Ceph RBD"),
@@ -162,6 +162,6 @@ mod tests {
             ..ClusterFacts::default()
         };
         let found = testing::findings(&RULE, &object, &facts);
-        assert_eq!(found[0].found, "volume disk, which is on a alone");
+        assert_eq!(found[0].found, "volume disk, which only a can mount");
     }
 }

@@ -36,6 +36,10 @@ pub const RULE: Rule = Rule {
 
 const WANTED: &str = "a class of Ceph RBD (provisioner rbd.csi.ceph.com or *.rbd.csi.ceph.com)";
 
+/// A claim that the pod names has its class already.
+const FIX_OF_CLAIM: &str =
+    "make a claim of a storage class of Ceph RBD, copy the data into it, and name that one here";
+
 fn check(subject: &Subject<'_>) -> Vec<Finding> {
     let mut findings = Vec::new();
     for claim in database_claims(subject.object) {
@@ -43,7 +47,9 @@ fn check(subject: &Subject<'_>) -> Vec<Finding> {
             Ok(backing) if is_rbd_driver(&backing.provisioner) => {}
             Ok(backing) => {
                 let found = format!("{} of {}", backing.what, backing.provisioner);
-                findings.push(Finding::new(claim.field, found, WANTED));
+                let templated = claim.is_templated();
+                let finding = Finding::new(claim.field, found, WANTED);
+                findings.push(if templated { finding } else { finding.fix(FIX_OF_CLAIM) });
             }
             Err(unresolved) => findings.push(unresolved.finding(claim.field, WANTED)),
         }
@@ -135,6 +141,25 @@ mod tests {
             of_template(json!({"storageClassName": "none"}), &facts()),
             ["none, which does not exist"]
         );
+    }
+
+    #[test]
+    fn volumes_made_by_hand_offer_themselves_in_a_class_that_is_only_a_name() {
+        let found = |volumes: &[(&str, Option<&str>)]| {
+            let mut facts = facts();
+            facts.volumes = volumes
+                .iter()
+                .map(|(name, driver)| {
+                    let (driver, class) = (driver.map(str::to_owned), "by-hand".to_owned());
+                    ((*name).to_owned(), Volume { driver, class, ..Volume::default() })
+                })
+                .collect();
+            of_template(json!({"storageClassName": "by-hand"}), &facts)
+        };
+        let rbd = Some("rook-ceph.rbd.csi.ceph.com");
+        assert!(found(&[("a", rbd), ("b", rbd)]).is_empty());
+        assert_eq!(found(&[("a", rbd), ("b", None)]), ["volume b of no CSI driver"], "it may be either");
+        assert_eq!(found(&[]), ["by-hand, which does not exist"]);
     }
 
     #[test]

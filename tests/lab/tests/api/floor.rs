@@ -15,7 +15,7 @@ use crate::scene::Scene;
 use crate::webhook::{Answer, Webhook, send};
 
 /// What the API server puts before a message of the floor.
-const BY_POLICY: &str = "ValidatingAdmissionPolicy";
+pub const BY_POLICY: &str = "ValidatingAdmissionPolicy";
 
 fn database(name: &str, replicas: i64) -> Value {
     json!({

@@ -82,6 +82,15 @@ async fn broken_and_slow_clients_are_cut_off_and_disturb_nobody() {
     let (lab, address) = (&webhook.lab, webhook.replica(0).reviews);
     let tcp = || tcp_connect(lab, address).unwrap();
     let tls = || tls_connect(lab, address, &bundle, None).unwrap();
+    // Shake hands, and say nothing more, or begin a head that never ends. They keep their places longer than this test takes
+    // (`Limits::idle`): the API server does the first, too.
+    let mut shaken: Vec<_> = (0..20).map(|_| tls()).collect();
+    for (i, stream) in shaken.iter_mut().enumerate() {
+        stream.conn.complete_io(&mut stream.sock).unwrap();
+        if i % 2 == 0 {
+            stream.write_all(b"POST /validate HTTP/1.1\r\nhost: w").unwrap();
+        }
+    }
     std::thread::scope(|scope| {
         // Says nothing.
         scope.spawn(|| assert_eq!(until_closed(&mut tcp()), b""));
@@ -117,24 +126,6 @@ async fn broken_and_slow_clients_are_cut_off_and_disturb_nobody() {
             stream.write_all(&client_hello(2)).unwrap();
             let said = until_closed(&mut stream);
             assert!(said.starts_with(&[22, 3, 3]), "{said:?}");
-        });
-        // Shakes hands and says nothing more.
-        scope.spawn(|| {
-            let mut stream = tls();
-            stream.conn.complete_io(&mut stream.sock).unwrap();
-            assert_refused(read_answer(&mut stream));
-        });
-        // Never ends the head.
-        scope.spawn(|| {
-            let mut stream = tls();
-            stream.write_all(b"POST /validate HTTP/1.1\r\nhost: w").unwrap();
-            for _ in 0..100 {
-                std::thread::sleep(Duration::from_millis(200));
-                if stream.write_all(b"x").and_then(|()| stream.flush()).is_err() {
-                    return;
-                }
-            }
-            assert_refused(read_answer(&mut stream));
         });
         // Never ends the body.
         scope.spawn(|| {

@@ -7,15 +7,18 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use howdah_core::policy::floor::{ProtectedSet, protected_sets};
+use jiff::Timestamp;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 
+use crate::floor::BY_POLICY;
 use crate::webhook::{Answer, Webhook, Who, documents};
 
 /// What the API server puts around a message of ours.
 const DENIED: &str = "denied the request: ";
-/// Longer than the list of protected sets takes to follow a change.
-const LISTED: Duration = Duration::from_secs(3);
+/// Longer than the API server takes to see a list that was written. Only what nothing can be asked about waits so long.
+const SEEN: Duration = Duration::from_secs(2);
 /// The part of the control plane that sweeps up after a scene.
 const SWEEPER: &str = "system:serviceaccount:kube-system:namespace-controller";
 
@@ -96,9 +99,9 @@ impl Scene {
     /// Plays where no webhook is asked, and returns what the API server makes of the last step by itself.
     pub async fn play_without_webhook(&self, webhook: &Webhook) -> Answer {
         let stage = self.prepare(webhook).await;
-        // These are judged by the list of protected sets, which follows within two seconds.
+        // These are judged by the list of protected sets.
         if stage.last["kind"] == "Scale" || stage.last["of"]["kind"] == "Pod" {
-            tokio::time::sleep(LISTED).await;
+            listed(webhook).await;
         }
         let answer = self.last_step(webhook, &stage).await;
         sweep(webhook, &stage.scheduler, stage.made).await;
@@ -192,6 +195,42 @@ impl Scene {
             return Some(format!("warnings are {:?}", answer.warnings));
         }
         difference(&answer.body, &self.expected, "")
+    }
+}
+
+/// Waits until the API server goes by what the list of protected sets has to say of the namespace.
+async fn listed(webhook: &Webhook) {
+    let path = path_of(webhook, &json!({"kind": "StatefulSet"}));
+    let administrator = Who::new(["administrator".to_owned()]);
+    let all = ListParams::default();
+    let sets = webhook.send_as(&administrator, &path, |request| request.list(&all)).await;
+    let sets = sets.body["items"].as_array().cloned().unwrap_or_default();
+    let wanted = protected_sets(&sets, Timestamp::now()).remove(webhook.namespace.name()).unwrap_or_default();
+    webhook
+        .eventually("the list of protected sets says what it has to", || async {
+            let list =
+                webhook.send("protectedsets", |request| request.get("howdah", &Default::default())).await;
+            let found = list.body["spec"].get("sets").cloned().unwrap_or(json!([]));
+            serde_json::from_value::<Vec<ProtectedSet>>(found).unwrap() == wanted
+        })
+        .await;
+    // It is written before the API server has read it back. What it says of most sets can be asked.
+    let told = |set: &&ProtectedSet| set.refuses.iter().any(|rule| rule == "single-replica");
+    for set in wanted.iter().filter(told) {
+        webhook
+            .eventually("the API server goes by the list", || async {
+                let body = Patch::Merge(json!({"spec": {"replicas": 4711}}));
+                let params = PatchParams { dry_run: true, ..PatchParams::default() };
+                let scale = |request: kube::core::Request| {
+                    request.patch_subresource("scale", &set.name, &params, &body)
+                };
+                let answer = webhook.send_as(&administrator, &path, scale).await;
+                answer.message().contains(BY_POLICY)
+            })
+            .await;
+    }
+    if !wanted.iter().all(|set| told(&set)) {
+        tokio::time::sleep(SEEN).await;
     }
 }
 

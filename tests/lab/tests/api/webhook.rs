@@ -12,6 +12,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
@@ -142,7 +143,7 @@ impl Webhook {
             object["metadata"]["namespace"] = json!(self.system);
         }));
         for _ in 0..replicas {
-            let replica = self.spawn(self.replicas.len(), None);
+            let replica = self.spawn(self.replicas.len());
             self.replicas.push(replica);
         }
     }
@@ -229,26 +230,32 @@ impl Webhook {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
-    fn spawn(&self, index: usize, reviews: Option<SocketAddr>) -> Replica {
-        let (free, diagnostics) =
-            netns::within(&self.lab, || (port_that_is_free(), port_that_is_free())).unwrap();
-        let reviews = reviews.unwrap_or(free);
+    /// Starts a replica, at the addresses of the one before where there was one: whoever knows them goes on knowing them.
+    fn spawn(&self, index: usize) -> Replica {
+        let (reviews, diagnostics) = match self.replicas.get(index) {
+            Some(before) => (before.reviews, before.diagnostics),
+            None => (free_port(&self.lab), free_port(&self.lab)),
+        };
         let name = format!("{}-{index}", self.namespace.name());
         let mut command = Command::new(binary());
         command
             .args(["--listen", &reviews.to_string(), "--diagnostics", &diagnostics.to_string()])
             .args(["--namespace", &self.system, "--configuration", &self.configuration])
             .args(["--identity", &name])
-            .args(["--name", &netns::BRIDGE_ADDRESS.to_string(), "--propagation-seconds", "1"])
+            .args(["--name", &netns::BRIDGE_ADDRESS.to_string()])
             .arg("--kubeconfig")
             .arg(&self.kubeconfig)
             .args(&self.flags);
-        if !self.flags.iter().any(|flag| flag == "--log") {
-            command.args(["--log", "info,howdah_webhook=debug"]);
-        }
         // The audits of tests side by side would write each other's reports; the test of the audit turns its own on.
-        if !self.flags.iter().any(|flag| flag == "--audit-interval-seconds") {
-            command.args(["--audit-interval-seconds", "0"]);
+        let defaults = [
+            ("--log", "info,howdah_webhook=debug"),
+            ("--audit-interval-seconds", "0"),
+            ("--propagation-seconds", "1"),
+        ];
+        for (flag, value) in defaults {
+            if !self.flags.iter().any(|own| own == flag) {
+                command.args([flag, value]);
+            }
         }
         let process = self.lab.spawn_inside(&name, &command).unwrap();
         Replica { process: Some(process), name, reviews, diagnostics }
@@ -310,18 +317,18 @@ impl Webhook {
         self.replicas[0].process = None;
     }
 
-    /// Starts the first replica again, at the same address.
+    /// Starts the first replica again, at the same addresses.
     pub fn restart(&mut self) {
-        self.replicas[0] = self.spawn(0, Some(self.replicas[0].reviews));
+        self.replicas[0] = self.spawn(0);
         self.wait_ready();
     }
 
-    /// Has a replica end as a rollout does it, and starts it again at the same address; returns once it is ready.
+    /// Has a replica end as a rollout does it, and starts it again at the same addresses; returns once it is ready.
     pub fn roll(&mut self, index: usize) {
         let process = self.replicas[index].process.as_mut().unwrap();
         process.signal(Signal::SIGTERM).unwrap();
         assert!(process.wait_gone(READY_LIMIT), "replica {index} does not end");
-        self.replicas[index] = self.spawn(index, Some(self.replicas[index].reviews));
+        self.replicas[index] = self.spawn(index);
         self.wait_ready();
     }
 
@@ -506,9 +513,18 @@ pub fn free_port(lab: &Lab) -> SocketAddr {
     netns::within(lab, port_that_is_free).unwrap()
 }
 
+/// A port outside of those that outgoing connections get: one of them could take it while its replica is away.
 fn port_that_is_free() -> SocketAddr {
-    let any = SocketAddr::from((netns::BRIDGE_ADDRESS, 0));
-    TcpListener::bind(any).unwrap().local_addr().unwrap()
+    const PORTS: std::ops::Range<u16> = 20_000..32_000;
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    // Other processes begin elsewhere.
+    let begin = u16::try_from(std::process::id() % 97).unwrap() * 100;
+    let length = PORTS.end - PORTS.start;
+    (0..length)
+        .map(|_| begin.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % length + PORTS.start)
+        .map(|port| SocketAddr::from((netns::BRIDGE_ADDRESS, port)))
+        .find(|address| TcpListener::bind(address).is_ok())
+        .expect("a port is free")
 }
 
 /// A plain HTTP GET; `None` when nobody answers.
