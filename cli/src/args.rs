@@ -33,6 +33,11 @@ pub enum Command {
     /// Exit codes: 0 the backup is taken (without --wait: ordered), 1 it was refused or failed, 3 it goes on but was not
     /// over within --timeout-seconds.
     Backup(BackupArgs),
+    /// Prove a backup: start a PostgreSQL on a clone of it, apart from everything, and read it.
+    ///
+    /// Exit codes: 0 the backup is verified (without --wait: asked for), 1 it is damaged, could not be tried, or was
+    /// refused, 3 the drill goes on but was not over within --timeout-seconds.
+    Verify(VerifyArgs),
     /// The second copy of the records, in the metadata of the RBD images.
     #[command(subcommand)]
     Catalog(CatalogCommand),
@@ -84,6 +89,22 @@ pub struct BackupArgs {
     pub wait: bool,
     /// How long to wait; a backup tries for half an hour before it fails.
     #[arg(long, requires = "wait", default_value_t = 2400)]
+    pub timeout_seconds: u64,
+}
+
+/// Arguments of `verify`.
+#[derive(Debug, clap::Args)]
+pub struct VerifyArgs {
+    /// The PostgresBackup.
+    pub backup: String,
+    /// The namespace; else the one of the current context.
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+    /// Wait until it is over and tell each step on standard error. Ctrl-C ends the waiting, not the drill.
+    #[arg(long)]
+    pub wait: bool,
+    /// How long to wait; a drill reads the whole database, for two hours at most.
+    #[arg(long, requires = "wait", default_value_t = 7800)]
     pub timeout_seconds: u64,
 }
 

@@ -28,9 +28,9 @@ const UNNOTICED: Duration = Duration::from_secs(30);
 /// Exit code of a command that stopped waiting for what goes on; 2 is clap's.
 const STILL_RUNNING: u8 = 3;
 
-/// The backup goes on, but it was not over when the time to wait was.
+/// What was followed goes on, but was not over when the time to wait was.
 #[derive(Debug)]
-struct StillRunning(String);
+pub struct StillRunning(pub String);
 
 impl fmt::Display for StillRunning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -9,6 +9,7 @@ mod prune;
 mod restore;
 mod status;
 mod table;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -49,6 +50,7 @@ async fn run(Args { kubeconfig, command }: Args) -> anyhow::Result<(String, Exit
             catalog::rebuild(client().await?, arguments).await
         }
         Command::Prune(arguments) => prune::run(client().await?, arguments).await,
+        Command::Verify(arguments) => verify::run(client().await?, arguments).await,
         Command::Restore(arguments) => restore::run(client().await?, arguments).await,
     }?;
     Ok((text, ExitCode::SUCCESS))

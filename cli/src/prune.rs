@@ -74,6 +74,8 @@ fn render(backups: &[&PostgresBackup], settings: &Settings, now: Timestamp) -> S
 fn item(backup: &PostgresBackup) -> Option<Item> {
     let status = backup.status.as_ref()?;
     let state = match status.phase {
+        Phase::Verified => ItemState::Verified,
+        Phase::Damaged => ItemState::Damaged,
         phase if phase.is_success() => ItemState::Taken,
         Phase::Failed => return None,
         _ => ItemState::Unfinished,

@@ -120,8 +120,9 @@ fn state(
         None if settings.schedule.is_none() => "guarded; no schedule, no backups".to_owned(),
         None => "waiting for its first backup".to_owned(),
         Some(status) => match status.phase {
-            Phase::Taken if settings.suspend => "suspended".to_owned(),
-            Phase::Taken => "ok".to_owned(),
+            phase if phase.is_success() && settings.suspend => "suspended".to_owned(),
+            phase if phase.is_success() => "ok".to_owned(),
+            Phase::Damaged => "last backup is damaged: see docs/runbooks/verification-failed.md".to_owned(),
             Phase::Failed => format!("last backup failed{}", reason(&status)),
             Phase::Stuck => format!("last backup is stuck, look at it{}", reason(&status)),
             Phase::Waiting => format!("trying again{}", reason(&status)),

@@ -38,6 +38,8 @@ pub struct Settings {
     pub consistency: WantedConsistency,
     /// When backups are proven by a restore. Default never.
     pub verify: Verify,
+    /// What a restore drill asks of the data.
+    pub verify_query: VerifyQuery,
     /// Whether scheduled backups are stopped. Default false.
     pub suspend: bool,
     /// Secret with `username` and `password`; `None` means the pod's own POSTGRES_PASSWORD source.
@@ -58,6 +60,7 @@ impl Default for Settings {
             retention: None,
             consistency: WantedConsistency::Default,
             verify: Verify::Never,
+            verify_query: VerifyQuery::default(),
             suspend: false,
             credentials: None,
             failover: Failover::Off,
@@ -150,6 +153,17 @@ pub enum Verify {
     Always,
     /// The newest one, at these times.
     At(CronExpression),
+}
+
+/// What a restore drill asks of the data, beside its own checks.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct VerifyQuery {
+    /// The query; `None` asks nothing.
+    pub query: Option<String>,
+    /// What it has to answer; `None` only records the answer.
+    pub expect: Option<String>,
+    /// The database it is asked in; `None` is `postgres`.
+    pub database: Option<String>,
 }
 
 /// What howdah does when a node is lost.
@@ -258,6 +272,20 @@ fn apply(settings: &mut Settings, key: &str, value: &str) -> Result<(), (String,
                     cron.parse().map_err(|p| (p, format!("write never, always, or a schedule: {CRON}")))?,
                 ),
             };
+        }
+        names::VERIFY_QUERY | names::VERIFY_EXPECT | names::VERIFY_DATABASE => {
+            if text.is_empty() || text.contains('\0') {
+                return Err((
+                    "is empty, or holds a zero byte".to_owned(),
+                    write("some text, or leave it out"),
+                ));
+            }
+            let part = match key {
+                names::VERIFY_QUERY => &mut settings.verify_query.query,
+                names::VERIFY_EXPECT => &mut settings.verify_query.expect,
+                _ => &mut settings.verify_query.database,
+            };
+            *part = Some(text.to_owned());
         }
         names::SUSPEND => {
             settings.suspend = one_of(text, &[("true", true), ("false", false)])

@@ -341,7 +341,7 @@ pub fn next(
         (Phase::Waiting, Event::RetryDue) => run.attempt(),
         (Phase::Waiting, Event::Resumed) => vec![Effect::Wait { until: run.status.retry_at.unwrap_or(now) }],
 
-        (Phase::Taken | Phase::Failed | Phase::Stuck, Event::Resumed) => Vec::new(),
+        (phase, Event::Resumed) if phase.is_terminal() => Vec::new(),
 
         (phase, event) => return Err(IllegalEvent { phase, event: format!("{event:?}") }),
     };

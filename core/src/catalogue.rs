@@ -12,6 +12,7 @@ use crate::backup::{
     BackupStatus, CONDITION_CATALOGUED, Condition, ImageRecord, Phase, SnapshotRecord, Trigger,
 };
 use crate::names;
+use crate::verify::{self, Report, VerifyStatus};
 
 /// Version of the format of [`Entry`].
 const FORMAT: u32 = 1;
@@ -69,6 +70,32 @@ pub struct Entry {
     /// The tablespace map.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spcmap: Option<String>,
+    /// How the last restore drill ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drill: Option<Drill>,
+}
+
+/// How a restore drill ended that came to a result.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Drill {
+    /// When.
+    pub ended_at: Timestamp,
+    /// What PostgreSQL said.
+    pub report: Report,
+}
+
+impl Drill {
+    fn of(status: &BackupStatus, now: Timestamp) -> Option<Self> {
+        let drill = status.verification.as_ref()?;
+        Some(Self { ended_at: drill.finished_at.unwrap_or(now), report: drill.report.clone()? })
+    }
+
+    /// Whether it found the backup good.
+    #[must_use]
+    pub const fn is_good(&self) -> bool {
+        self.report.damage.is_none()
+    }
 }
 
 impl Entry {
@@ -102,6 +129,7 @@ impl Entry {
             stop_lsn: status.stop_lsn.clone(),
             label: status.label.clone(),
             spcmap: status.spcmap.clone(),
+            drill: Drill::of(status, now),
         })
     }
 
@@ -215,8 +243,19 @@ impl Entry {
             message: message.to_owned(),
             last_transition_time: now,
         };
+        let verification = self.drill.as_ref().map(|drill| VerifyStatus {
+            phase: if drill.is_good() { verify::Phase::Verified } else { verify::Phase::Damaged },
+            finished_at: Some(drill.ended_at),
+            report: Some(drill.report.clone()),
+            ..VerifyStatus::default()
+        });
         BackupStatus {
-            phase: Phase::Taken,
+            phase: match &self.drill {
+                Some(drill) if drill.is_good() => Phase::Verified,
+                Some(_) => Phase::Damaged,
+                None => Phase::Taken,
+            },
+            verification,
             consistency: Some(self.consistency),
             slot: Some(self.slot),
             finished_at: Some(self.taken_at.unwrap_or(self.slot)),

@@ -15,4 +15,5 @@ pub mod preflight;
 pub mod restore;
 pub mod retention;
 pub mod schedule;
+pub mod verify;
 pub mod volume;

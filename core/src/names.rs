@@ -36,6 +36,12 @@ pub const RETENTION: &str = "howdah.dev/retention";
 pub const CONSISTENCY: &str = "howdah.dev/consistency";
 /// When a backup is proven by a restore: `always`, `never` or a cron expression.
 pub const VERIFY: &str = "howdah.dev/verify";
+/// A query that a restore drill asks, in the database [`VERIFY_DATABASE`].
+pub const VERIFY_QUERY: &str = "howdah.dev/verify-query";
+/// What [`VERIFY_QUERY`] has to answer, as `psql -At` prints it.
+pub const VERIFY_EXPECT: &str = "howdah.dev/verify-expect";
+/// The database that [`VERIFY_QUERY`] is asked in.
+pub const VERIFY_DATABASE: &str = "howdah.dev/verify-database";
 /// `true` stops scheduled backups.
 pub const SUSPEND: &str = "howdah.dev/suspend";
 /// Name of a Secret with `username` and `password`.
@@ -50,8 +56,29 @@ pub const RESTORE_GATE: &str = "restore/";
 /// Beginning of a [`GATE`] that a `PostgresFailover` has closed; its name follows.
 pub const FAILOVER_GATE: &str = "failover/";
 /// Every annotation a protected StatefulSet may carry, apart from the exemptions.
-pub const STATEFUL_SET_ANNOTATIONS: [&str; 10] =
-    [MODE, SCHEDULE, TIME_ZONE, RETENTION, CONSISTENCY, VERIFY, SUSPEND, CREDENTIALS, FAILOVER, GATE];
+pub const STATEFUL_SET_ANNOTATIONS: [&str; 13] = [
+    MODE,
+    SCHEDULE,
+    TIME_ZONE,
+    RETENTION,
+    CONSISTENCY,
+    VERIFY,
+    VERIFY_QUERY,
+    VERIFY_EXPECT,
+    VERIFY_DATABASE,
+    SUSPEND,
+    CREDENTIALS,
+    FAILOVER,
+    GATE,
+];
+/// Annotation on a `PostgresBackup`: a request for a restore drill of it; a drill acts once on each value.
+pub const VERIFY_NOW: &str = "howdah.dev/verify-now";
+/// The namespace that restore drills run in.
+pub const VERIFY_NAMESPACE: &str = "howdah-verify";
+/// Beginning of the name of everything that a restore drill makes; the uid of the backup's record follows.
+pub const DRILL_PREFIX: &str = "howdah-verify-";
+/// Label on what a restore drill makes; its value is the uid of the backup's record.
+pub const DRILL_LABEL: &str = "howdah.dev/drill";
 
 /// Annotation on a claim: whose value is the uid of the claim, that one may be deleted.
 pub const ALLOW_DELETE: &str = "howdah.dev/allow-delete";

@@ -199,6 +199,8 @@ pub enum ItemState {
     Taken,
     /// Completed, and proven by a restore.
     Verified,
+    /// Completed, and found damaged by a restore drill. It is no good backup, and may still be all there is.
+    Damaged,
 }
 
 /// What becomes of a snapshot.
@@ -229,7 +231,7 @@ pub enum KeepReason {
     NewestVerified,
     /// The newest good one.
     NewestGood,
-    /// It was not completed, and no newer one is good: nothing is deleted before there is something better.
+    /// It was not completed or is damaged, and no newer one is good: nothing is deleted before there is something better.
     NothingNewer,
     /// Among the newest N.
     Last,
@@ -262,7 +264,7 @@ impl fmt::Display for KeepReason {
             Self::FutureDated => f.write_str("dated in the future"),
             Self::NewestVerified => f.write_str("newest verified"),
             Self::NewestGood => f.write_str("newest good"),
-            Self::NothingNewer => f.write_str("unfinished, and nothing newer is good"),
+            Self::NothingNewer => f.write_str("not good, and nothing newer is"),
             Self::Last => f.write_str("last"),
             Self::Period(period) => f.write_str(period.key()),
             Self::Oldest(period) => write!(f, "oldest {}", period.key()),
@@ -279,6 +281,8 @@ pub enum DeleteReason {
     NotKept,
     /// It was not completed, and a newer one is good.
     Unfinished,
+    /// A restore drill found it damaged, and a newer one is good.
+    Damaged,
     /// Rules keep more than [`SNAPSHOTS_PER_IMAGE_MAX`], and it is among the oldest.
     OverLimit,
 }
@@ -288,6 +292,7 @@ impl fmt::Display for DeleteReason {
         match self {
             Self::NotKept => f.write_str("no rule keeps it"),
             Self::Unfinished => f.write_str("never completed, and a newer backup is good"),
+            Self::Damaged => f.write_str("found damaged by a restore drill, and a newer backup is good"),
             Self::OverLimit => write!(f, "over the limit of {SNAPSHOTS_PER_IMAGE_MAX} snapshots per image"),
         }
     }
@@ -332,7 +337,8 @@ pub fn plan(
         keep_if(newest_good.contains(&Some(i)), KeepReason::NewestGood);
         let successor = |other: &Item| present(other) && good(other) && other.sequence > item.sequence;
         let nothing_newer = !items.iter().any(successor);
-        keep_if(item.state == ItemState::Unfinished && nothing_newer, KeepReason::NothingNewer);
+        let not_good = matches!(item.state, ItemState::Unfinished | ItemState::Damaged);
+        keep_if(not_good && nothing_newer, KeepReason::NothingNewer);
         reasons.push(keep);
     }
     if let Some(policy) = policy {
@@ -352,6 +358,7 @@ pub fn plan(
             let verdict = match (reasons.is_empty(), item.state) {
                 (false, _) => Verdict::Keep(reasons),
                 (true, ItemState::Unfinished) => Verdict::Delete(DeleteReason::Unfinished),
+                (true, ItemState::Damaged) => Verdict::Delete(DeleteReason::Damaged),
                 (true, _) => Verdict::Delete(DeleteReason::NotKept),
             };
             (item, verdict)

@@ -21,7 +21,7 @@ use kube::{Api, Client, ResourceExt as _};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-pub use backups::{Backups, DatabaseKey, Open};
+pub use backups::{Backups, DatabaseKey, Drills, Open};
 
 /// How long the first lists may take before the process gives up and is restarted: a million records come in 2,000 pages.
 const FIRST_LIST_LIMIT: Duration = Duration::from_secs(600);

@@ -14,6 +14,7 @@ mod prune;
 mod restore;
 mod run;
 mod tick;
+mod verify;
 
 use std::sync::Arc;
 use std::time::Duration;

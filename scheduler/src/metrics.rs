@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicU64;
 use howdah_core::annotations::Consistency;
 use howdah_core::backup::{BackupStatus, Phase};
 use howdah_core::restore::{Phase as RestorePhase, RestoreStatus};
+use howdah_core::verify::{Phase as DrillPhase, VerifyStatus};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -26,9 +27,9 @@ struct Outcome {
     consistency: &'static str,
 }
 
-/// How a restore ended.
+/// How a restore or a restore drill ended.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct RestoreOutcome {
+struct EndOutcome {
     outcome: &'static str,
 }
 
@@ -38,7 +39,12 @@ pub struct Metrics {
     backups: Family<Outcome, Counter>,
     duration: Histogram,
     last_end: Family<Outcome, Gauge<f64, AtomicU64>>,
-    restores: Family<RestoreOutcome, Counter>,
+    restores: Family<EndOutcome, Counter>,
+    drills: Family<EndOutcome, Counter>,
+    /// Age of the last good drill of the database that has waited longest for one, of those that ask for drills.
+    pub stalest_drill: Gauge<f64, AtomicU64>,
+    /// Backups that a restore drill found damaged.
+    pub damaged: Gauge,
     /// Age of the last good backup of the database that has waited longest for one.
     pub stalest_success: Gauge<f64, AtomicU64>,
     /// Protected databases that have a schedule and no good backup at all.
@@ -82,6 +88,19 @@ impl Metrics {
                 Family::default(),
             ),
             restores: added(registry, "restores", "Restores that ended", Family::default()),
+            drills: added(registry, "drills", "Restore drills that ended", Family::default()),
+            stalest_drill: added(
+                registry,
+                "stalest_drill_age_seconds",
+                "Time since the last good restore drill of the database that has waited longest, of those that ask for drills",
+                Gauge::default(),
+            ),
+            damaged: added(
+                registry,
+                "backups_damaged",
+                "Backups that a restore drill found damaged",
+                Gauge::default(),
+            ),
             stalest_success: added(
                 registry,
                 "stalest_success_age_seconds",
@@ -138,7 +157,17 @@ impl Metrics {
             RestorePhase::Stuck => "stuck",
             _ => "failed",
         };
-        self.restores.get_or_create(&RestoreOutcome { outcome }).inc();
+        self.restores.get_or_create(&EndOutcome { outcome }).inc();
+    }
+
+    /// Counts a restore drill that ended.
+    pub fn drill_ended(&self, status: &VerifyStatus) {
+        let outcome = match status.phase {
+            DrillPhase::Verified => "verified",
+            DrillPhase::Damaged => "damaged",
+            _ => "inconclusive",
+        };
+        self.drills.get_or_create(&EndOutcome { outcome }).inc();
     }
 
     /// Counts a backup that ended.

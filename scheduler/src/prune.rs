@@ -14,7 +14,7 @@ use howdah_adapters::kubernetes::{KubernetesError, call};
 use howdah_adapters::records::PostgresBackup;
 use howdah_core::annotations::Settings;
 use howdah_core::backup::{BackupStatus, ImageRecord, Phase};
-use howdah_core::catalogue::Entry;
+use howdah_core::catalogue::{Drill, Entry};
 use howdah_core::lineage::{self, Predecessor};
 use howdah_core::names;
 use howdah_core::retention::{self, Item, ItemState, KeepReason, Verdict};
@@ -252,23 +252,34 @@ impl Pruning<'_> {
                 records.iter().filter(|record| is_of(record, snapshot, image)).collect();
             // Without a record the copy of the hold counts, until the catalogue was rebuilt.
             let mut held = own.is_empty() && metadata.contains_key(&names::hold_meta_key(name));
-            let (mut in_use, mut taken) = (false, false);
+            let (mut in_use, mut taken, mut verified, mut damaged) = (false, false, false, false);
             for record in own {
                 held |= record.annotations().contains_key(names::HOLD);
                 let phase = record.status.as_ref().map(|status| status.phase).unwrap_or_default();
                 taken |= phase.is_success();
                 // `Stuck` waits for a human, who may still want to look.
                 in_use |= !phase.is_terminal() || phase == Phase::Stuck;
+                verified |= phase == Phase::Verified;
+                damaged |= phase == Phase::Damaged;
+                let drill = record.status.as_ref().and_then(|status| status.verification.as_ref());
+                in_use |= drill.is_some_and(|drill| !drill.phase.is_terminal());
             }
             let just_taken = image.id == self.image.id
                 && self.status.snapshot.as_ref().is_some_and(|own| own.id == snapshot.id);
-            let catalogued = metadata
+            let entry = metadata
                 .get(&names::image_meta_key(name))
                 .and_then(|value| Entry::from_value(value).ok())
-                .is_some_and(|entry| entry.snapshot_id == snapshot.id && entry.image_id == image.id);
+                .filter(|entry| entry.snapshot_id == snapshot.id && entry.image_id == image.id);
+            // The record is written first, so it knows the later drill.
+            let drill = entry.as_ref().filter(|_| !taken && !damaged).and_then(|entry| entry.drill.as_ref());
+            verified |= drill.is_some_and(Drill::is_good);
+            damaged |= drill.is_some_and(|drill| !drill.is_good());
+            let catalogued = entry.is_some();
             let slot = names::slot_of_snapshot(name).filter(|_| snapshot.by_user);
             let state = match slot {
                 None => ItemState::Foreign,
+                Some(_) if damaged => ItemState::Damaged,
+                Some(_) if verified => ItemState::Verified,
                 Some(_) if taken || catalogued || just_taken => ItemState::Taken,
                 Some(_) => ItemState::Unfinished,
             };

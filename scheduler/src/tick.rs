@@ -15,7 +15,8 @@ use howdah_adapters::records::{PostgresBackup, PostgresBackupSpec, PostgresResto
 use howdah_core::annotations::{self, Settings};
 use howdah_core::backup::Trigger;
 use howdah_core::names;
-use howdah_core::schedule::{self, Decision, Known, Waiting};
+use howdah_core::schedule::{self, Decision, Waiting};
+use howdah_core::verify::{self as core_verify, Known};
 use jiff::{SignedDuration, Timestamp};
 use kube::api::{ObjectMeta, PostParams};
 use kube::{Api, ResourceExt as _};
@@ -25,12 +26,14 @@ use tokio_cron_scheduler::{Job, JobScheduler};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::cache::{DatabaseKey, Open, Protected};
+use crate::cache::{DatabaseKey, Drills, Open, Protected};
 use crate::context::Context;
-use crate::{backup, restore};
+use crate::{backup, restore, verify};
 
 /// Wake-ups in a row that may stay out before the alarm clock is wound again.
 const SILENT_WAKES_MAX: u32 = 4;
+/// Wake-ups between two looks whether a restore drill is due.
+const DRILL_LOOK_WAKES: u32 = 5;
 /// How long running backups may go on after the signal to end: longer than the limits of the steps inside backup
 /// mode together, shorter than the pod's grace period.
 const DRAIN: Duration = Duration::from_secs(75);
@@ -102,6 +105,12 @@ struct Term {
     running: HashMap<Id, DatabaseKey>,
     /// The same databases: each has one task at most.
     busy: HashSet<DatabaseKey>,
+    /// Ends the drill at the end of the term: nobody waits for it, and the next leader goes on.
+    stop_drills: CancellationToken,
+    /// The task of the one drill.
+    drill: Option<Id>,
+    /// When it was last looked whether a drill is due.
+    drills_looked: Option<Instant>,
     /// Per StatefulSet uid: the schedule as it was last seen, and since when.
     seen: HashMap<String, (String, Timestamp)>,
     /// Slots reserved in this term, which the cache may not show yet.
@@ -142,10 +151,13 @@ impl Term {
     fn new(cx: Arc<Context>, lost: CancellationToken) -> Self {
         Self {
             cx,
+            stop_drills: lost.child_token(),
             lost,
             runs: JoinSet::new(),
             running: HashMap::new(),
             busy: HashSet::new(),
+            drill: None,
+            drills_looked: None,
             seen: HashMap::new(),
             reserved: HashMap::new(),
             missed: HashSet::new(),
@@ -168,12 +180,16 @@ impl Term {
     }
 
     fn ended(&mut self, task: Id) {
+        if self.drill == Some(task) {
+            self.drill = None;
+        }
         if let Some(key) = self.running.remove(&task) {
             self.busy.remove(&key);
         }
     }
 
     async fn drain(mut self) {
+        self.stop_drills.cancel();
         let all = async { while self.runs.join_next().await.is_some() {} };
         if tokio::time::timeout(DRAIN, all).await.is_err() {
             warn!("backups are still under way: the next leader takes them up");
@@ -205,6 +221,7 @@ impl Term {
         self.cx.metrics.unreadable.set(i64::try_from(unreadable).unwrap_or(i64::MAX));
         self.measure(&databases, now);
         self.take_up(&self.cx.caches.restores());
+        self.take_up_drill(&databases, now);
         self.forget(&databases);
         self.cx.metrics.tick_duration.observe(began.elapsed().as_secs_f64());
     }
@@ -251,7 +268,7 @@ impl Term {
         slots.extend(self.reserved.get(&uid).into_iter().flatten());
         let first_seen = self.first_seen(&uid, expression.as_str(), settings, &slots, now);
         let open_run = self.busy.contains(&key) || backups.is_open(&key, &uid);
-        let known = Known {
+        let known = schedule::Known {
             schedule: expression,
             zone: &settings.time_zone,
             suspend: settings.suspend,
@@ -340,6 +357,56 @@ impl Term {
         }
     }
 
+    /// Gives one restore drill somebody to run it: the one that is under way or asked for, else the first that is due. Drills
+    /// read whole databases, so there is one at a time.
+    fn take_up_drill(&mut self, databases: &[Arc<Protected>], now: Timestamp) {
+        if self.drill.is_some() {
+            return;
+        }
+        let backups = self.cx.caches.backups();
+        let found = backups.open_drill().or_else(|| {
+            // Most of the time none is due, and reading the annotations of all costs more than the rest of a tick.
+            let again = DRILL_LOOK_WAKES * self.cx.args.wake_seconds;
+            let looked = self.drills_looked.is_some_and(|last| last.elapsed().as_secs() < u64::from(again));
+            if looked {
+                return None;
+            }
+            self.drills_looked = Some(Instant::now());
+            databases.iter().find_map(|database| self.due_drill(database, now))
+        });
+        let Some((namespace, name)) = found else { return };
+        let (cx, stop) = (self.cx.clone(), self.stop_drills.clone());
+        let task = self.runs.spawn(async move {
+            if let Err(error) = verify::run(&cx, &namespace, &name, &stop).await {
+                warn!(
+                    namespace,
+                    name,
+                    error = format!("{error:#}"),
+                    "restore drill interrupted: taking it up again"
+                );
+            }
+        });
+        self.drill = Some(task.id());
+    }
+
+    /// The backup of the database whose drill is due.
+    fn due_drill(&self, database: &Protected, now: Timestamp) -> Option<(String, String)> {
+        database.annotations().get(names::VERIFY)?;
+        let settings = annotations::parse(database.annotations()).ok()?;
+        let (key, uid) = (key_of(database), database.uid().unwrap_or_default());
+        let Drills { newest, oldest, last } = self.cx.caches.backups().drills(&key, &uid);
+        let (name, finished, tried) = newest?;
+        let known = Known {
+            verify: &settings.verify,
+            zone: &settings.time_zone,
+            newest: Some(finished),
+            newest_tried: tried,
+            last,
+            oldest,
+        };
+        core_verify::due(now, &known).then_some((key.0, name))
+    }
+
     /// Gives every open operation somebody to run it, one for each database: what was begun first, then by age.
     fn take_up(&mut self, restores: &[Arc<PostgresRestore>]) {
         let backups = self.cx.caches.backups().open().into_iter().map(Work::from);
@@ -401,7 +468,24 @@ impl Term {
         }
         self.cx.metrics.stalest_success.set(stalest);
         self.cx.metrics.without_backup.set(without);
+        self.measure_drills(databases, now);
         self.cx.metrics.stuck.set(i64::try_from(backups.stuck()).unwrap_or(i64::MAX));
+    }
+
+    /// How long ago the last good drill was, for those that ask for drills; before their first it counts from their oldest
+    /// backup.
+    fn measure_drills(&self, databases: &[Arc<Protected>], now: Timestamp) {
+        let backups = self.cx.caches.backups();
+        let wanted = |database: &&Arc<Protected>| {
+            database.annotations().get(names::VERIFY).is_some_and(|verify| verify.trim() != "never")
+        };
+        let since = databases.iter().filter(wanted).filter_map(|database| {
+            let uid = database.metadata.uid.as_deref().unwrap_or_default();
+            backups.unproven_since(&key_of(database), uid)
+        });
+        let stalest = since.map(|since| now.duration_since(since).as_secs_f64()).fold(0.0, f64::max);
+        self.cx.metrics.stalest_drill.set(stalest);
+        self.cx.metrics.damaged.set(i64::try_from(backups.damaged()).unwrap_or(i64::MAX));
     }
 
     /// Drops the memory of StatefulSets that are gone.

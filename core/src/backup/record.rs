@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::annotations::{Consistency, WantedConsistency};
 use crate::names;
+use crate::verify::VerifyStatus;
 
 /// Where a backup stands. A phase is entered before the effect it names is performed.
 #[derive(
@@ -36,8 +37,12 @@ pub enum Phase {
     Undoing,
     /// Everything is undone; the next attempt begins at `retryAt`.
     Waiting,
-    /// The snapshot is there and recorded. (A later restore drill makes it `Verified`.)
+    /// The snapshot is there and recorded.
     Taken,
+    /// A restore drill started a PostgreSQL on it, and every check passed.
+    Verified,
+    /// A restore drill found that PostgreSQL cannot recover it, or that its data does not pass a check.
+    Damaged,
     /// No backup, and nothing left behind.
     Failed,
     /// Undoing failed too: a snapshot may be left behind, and a human has to look.
@@ -48,13 +53,13 @@ impl Phase {
     /// Whether the operation is over.
     #[must_use]
     pub const fn is_terminal(self) -> bool {
-        matches!(self, Self::Taken | Self::Failed | Self::Stuck)
+        matches!(self, Self::Taken | Self::Verified | Self::Damaged | Self::Failed | Self::Stuck)
     }
 
     /// Whether the snapshot is there and good.
     #[must_use]
     pub const fn is_success(self) -> bool {
-        matches!(self, Self::Taken)
+        matches!(self, Self::Taken | Self::Verified)
     }
 
     /// Whether the database has to stay as it is: it is in backup mode, or its snapshot is being taken.
@@ -81,6 +86,8 @@ impl Phase {
             Self::Undoing => "Undoing",
             Self::Waiting => "Waiting",
             Self::Taken => "Taken",
+            Self::Verified => "Verified",
+            Self::Damaged => "Damaged",
             Self::Failed => "Failed",
             Self::Stuck => "Stuck",
         }
@@ -168,6 +175,9 @@ pub struct BackupStatus {
     /// What failed in the last attempt; absent once an attempt succeeded.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,
+    /// The restore drill of the backup, once one began.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verification: Option<VerifyStatus>,
 }
 
 fn is_zero(n: &u32) -> bool {

@@ -12,6 +12,8 @@ use kube::ResourceExt as _;
 use kube::runtime::watcher::Event;
 use tokio::sync::watch;
 
+use crate::verify;
+
 /// Namespace and name of a StatefulSet.
 pub type DatabaseKey = (String, String);
 
@@ -28,6 +30,43 @@ struct Entry {
     scheduled: bool,
     /// Whether somebody has to run it.
     open: bool,
+    drill: Drill,
+    /// When its last restore drill began.
+    drilled: Option<Timestamp>,
+}
+
+/// Where the restore drill of a backup stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Drill {
+    /// There was none.
+    None,
+    /// It is under way, or asked for.
+    Wanted,
+    /// It is over.
+    Over,
+}
+
+impl Drill {
+    fn of(record: &PostgresBackup) -> Self {
+        let drill = record.status.as_ref().and_then(|status| status.verification.as_ref());
+        match drill {
+            _ if verify::request(record).is_some() => Self::Wanted,
+            Some(drill) if drill.phase.is_terminal() => Self::Over,
+            Some(_) => Self::Wanted,
+            None => Self::None,
+        }
+    }
+}
+
+/// What is known of the good backups of one StatefulSet, and of their restore drills.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Drills {
+    /// Name and end of the newest good backup, and whether there was a drill of it.
+    pub newest: Option<(String, Timestamp, bool)>,
+    /// When the oldest good backup ended.
+    pub oldest: Option<Timestamp>,
+    /// When the last drill began.
+    pub last: Option<Timestamp>,
 }
 
 impl Entry {
@@ -44,6 +83,8 @@ impl Entry {
             phase,
             scheduled: record.spec.trigger == Trigger::Schedule && record.spec.slot.is_some(),
             open: !phase.is_terminal() && !in_rebuilding,
+            drill: Drill::of(record),
+            drilled: status.and_then(|status| status.verification.as_ref()?.started_at),
         }
     }
 
@@ -79,7 +120,10 @@ struct Index {
     databases: HashMap<DatabaseKey, OfDatabase>,
     /// Namespace and name of each open record, and its database.
     open: HashMap<(String, String), DatabaseKey>,
+    /// Namespace and name of each record whose drill is under way or asked for.
+    drills: BTreeSet<(String, String)>,
     stuck: usize,
+    damaged: usize,
     /// Versions go on when a database was forgotten and comes back.
     last_version: u64,
 }
@@ -92,6 +136,11 @@ impl Index {
         self.take(record);
         self.last_version += 1;
         self.stuck += usize::from(entry.phase == Phase::Stuck);
+        self.damaged += usize::from(entry.phase == Phase::Damaged);
+        // A drill is of a backup that is there.
+        if entry.drill == Drill::Wanted && (entry.phase.is_success() || entry.phase == Phase::Damaged) {
+            self.drills.insert((namespace.clone(), entry.name.to_string()));
+        }
         if entry.open {
             self.open.insert((namespace, entry.name.to_string()), key.clone());
         }
@@ -110,11 +159,15 @@ impl Index {
         let namespace = record.namespace().unwrap_or_default();
         let name = record.name_any();
         let key = (namespace.clone(), record.spec.stateful_set.clone());
-        self.open.remove(&(namespace, name.clone()));
+        let record = (namespace, name);
+        self.open.remove(&record);
+        self.drills.remove(&record);
+        let (_, name) = record;
         let Some(database) = self.databases.get_mut(&key) else { return };
         let Some(at) = database.entries.iter().position(|entry| *entry.name == *name) else { return };
         let gone = database.entries.remove(at);
         self.stuck -= usize::from(gone.phase == Phase::Stuck);
+        self.damaged -= usize::from(gone.phase == Phase::Damaged);
         self.last_version += 1;
         database.version = self.last_version;
         if database.entries.is_empty() {
@@ -223,6 +276,29 @@ impl Backups {
         good.filter_map(|entry| entry.finished).max()
     }
 
+    /// What is known of the drills of a StatefulSet.
+    #[must_use]
+    pub fn drills(&self, database: &DatabaseKey, uid: &str) -> Drills {
+        let index = self.read();
+        let Some(database) = index.databases.get(database) else { return Drills::default() };
+        let own = || database.entries.iter().filter(|entry| entry.is_of(uid));
+        let good = || own().filter(|entry| entry.phase.is_success() && entry.finished.is_some());
+        let newest = good().max_by_key(|entry| entry.finished);
+        Drills {
+            newest: newest.and_then(|entry| {
+                Some((entry.name.to_string(), entry.finished?, entry.drill != Drill::None))
+            }),
+            oldest: good().filter_map(|entry| entry.finished).min(),
+            last: own().filter_map(|entry| entry.drilled).max(),
+        }
+    }
+
+    /// Namespace and name of the first record whose drill is under way or asked for.
+    #[must_use]
+    pub fn open_drill(&self) -> Option<(String, String)> {
+        self.read().drills.first().cloned()
+    }
+
     /// Those that somebody has to run.
     #[must_use]
     pub fn open(&self) -> Vec<Open> {
@@ -238,6 +314,24 @@ impl Backups {
             })
         });
         found.collect()
+    }
+
+    /// When the last drill of the StatefulSet began that found a backup good; before the first one, when its oldest good
+    /// backup ended.
+    #[must_use]
+    pub fn unproven_since(&self, database: &DatabaseKey, uid: &str) -> Option<Timestamp> {
+        let index = self.read();
+        let entries = &index.databases.get(database)?.entries;
+        let own = || entries.iter().filter(|entry| entry.is_of(uid));
+        let proven =
+            own().filter(|entry| entry.phase == Phase::Verified).filter_map(|entry| entry.drilled).max();
+        proven.or_else(|| own().filter(|e| e.phase.is_success()).filter_map(|entry| entry.finished).min())
+    }
+
+    /// How many a drill found damaged.
+    #[must_use]
+    pub fn damaged(&self) -> usize {
+        self.read().damaged
     }
 
     /// How many ended stuck and wait for a human.
@@ -300,6 +394,25 @@ mod tests {
     }
 
     #[test]
+    fn drills_are_known_by_where_they_stand() {
+        let (day, later) = ("2026-11-22T03:00:05Z", "2026-11-23T03:00:05Z");
+        let tried = json!({"phase": "Verified", "finishedAt": day,
+            "verification": {"phase": "Verified", "startedAt": "2026-11-22T04:00:00Z"}});
+        let (mut feed, backups) = filled(&[
+            record("db-1", "u", Some("2026-11-22T03:00:00Z"), tried),
+            record("db-2", "u", Some("2026-11-23T03:00:00Z"), json!({"phase": "Taken", "finishedAt": later})),
+        ]);
+        let drills = backups.drills(&key(), "u");
+        assert_eq!(drills.newest, Some(("db-2".to_owned(), later.parse().unwrap(), false)));
+        assert_eq!(drills.oldest, Some(day.parse().unwrap()));
+        assert_eq!(drills.last, Some("2026-11-22T04:00:00Z".parse().unwrap()));
+        assert_eq!(backups.open_drill(), None);
+        let running = json!({"phase": "Taken", "finishedAt": later, "verification": {"phase": "Cloning"}});
+        feed.take(&Event::Apply(record("db-2", "u", Some("2026-11-23T03:00:00Z"), running)));
+        assert_eq!(backups.open_drill(), Some(("shop".to_owned(), "db-2".to_owned())));
+    }
+
+    #[test]
     fn it_follows_the_watch() {
         let (mut feed, backups) = filled(&[record("db-m-1", "u", None, json!(null))]);
         let version = backups.version(&key());
@@ -333,7 +446,7 @@ mod tests {
 
     #[test]
     fn a_million_backups_fit_into_memory() {
-        // The limit of the scheduler's memory is 256 MiB; with its name an entry takes some 32 bytes more.
-        assert!(size_of::<Entry>() <= 112, "{}", size_of::<Entry>());
+        // With its name an entry takes some 32 bytes more, so that a million stay below 200 MiB.
+        assert!(size_of::<Entry>() <= 136, "{}", size_of::<Entry>());
     }
 }

@@ -186,7 +186,7 @@ async fn room(cx: &Context, ceph: &Ceph, pool: &str) -> Result<Option<Problem>, 
 }
 
 /// The StatefulSet as it is now, if it is protected.
-async fn protected(cx: &Context, namespace: &str, name: &str) -> Result<Option<StatefulSet>, Problem> {
+pub async fn protected(cx: &Context, namespace: &str, name: &str) -> Result<Option<StatefulSet>, Problem> {
     let sets = Api::<StatefulSet>::namespaced(cx.kubernetes.client().clone(), namespace);
     let found = call(format!("get the StatefulSet {namespace}/{name}"), sets.get_opt(name)).await;
     let is_protected = |set: &StatefulSet| {

@@ -16,6 +16,8 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config};
 
 use howdah_lab::lab::Lab;
+use howdah_lab::process::wait_until;
+use howdah_lab::repository;
 use howdah_lab::testing::shared_name;
 
 use crate::deploy::{TURN, apply_rights, committed_equals};
@@ -35,11 +37,13 @@ const ESCALATIONS: [(&str, &str, &str); 6] = [
 ];
 /// Questions on their way at the same time: enough to keep two cores busy, few enough for the API server.
 const CONCURRENCY: usize = 16;
+/// The API server reads its policies anew every second or so.
+const POLICY_LIMIT: std::time::Duration = std::time::Duration::from_secs(60);
 /// No object has this name, so a right to it is a right to any name.
 const ANY_NAME: &str = "a-name-nobody-has";
 
 /// Never granted, whatever the committed table says: (API group, resource, verb).
-const NEVER: [(&str, &str, &str); 13] = [
+const NEVER: [(&str, &str, &str); 12] = [
     ("", "secrets", "list"),
     ("", "secrets", "watch"),
     ("", "secrets", "create"),
@@ -51,9 +55,12 @@ const NEVER: [(&str, &str, &str); 13] = [
     ("", "pods/exec", "get"),
     ("", "serviceaccounts/token", "create"),
     ("", "persistentvolumeclaims", "delete"),
-    ("", "persistentvolumes", "delete"),
     ("apps", "statefulsets", "update"),
 ];
+
+/// What the scheduler may do in the namespace of the restore drills, and nowhere else.
+const OF_DRILLS: [(&str, &str); 3] =
+    [("pods", "create"), ("pods", "delete"), ("persistentvolumeclaims", "delete")];
 
 /// One right: where, what, of which name ("" is any) and which verb.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -72,11 +79,12 @@ struct Places {
 
 impl Places {
     /// (name in the table, namespace in the cluster)
-    fn all(&self) -> [(&'static str, &str); 5] {
+    fn all(&self) -> [(&'static str, &str); 6] {
         [
             ("any namespace", &self.ordinary),
             ("a namespace that binds howdah-credentials", &self.granting),
             ("howdah-system", "howdah-system"),
+            ("howdah-verify", "howdah-verify"),
             ("rook-ceph", "rook-ceph"),
             ("kube-system", "kube-system"),
         ]
@@ -126,6 +134,49 @@ async fn toolbox_overlay_adds_exec_in_rooks_namespace_alone() {
     let wanted = [("rook-ceph", true), ("rook-ceph", true), ("default", false), ("default", false)];
     assert_eq!(found[..4], wanted);
     assert_eq!(found[4..], [("howdah-system", false); 2]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_scheduler_makes_and_deletes_the_volumes_of_its_drills_alone() {
+    let lab = Lab::open_or_up_without_ceph(&shared_name()).unwrap();
+    let _turn = TURN.lock().await;
+    apply_rights(&lab, "rook").unwrap();
+    let policy = repository::root().join("deploy/base/verify.yaml");
+    lab.kubectl_ok(&["apply", "--server-side", "--force-conflicts", "-f", policy.to_str().unwrap()]).unwrap();
+    let volume = |name: &str, claim: &str| {
+        serde_json::json!({"apiVersion": "v1", "kind": "PersistentVolume",
+            "metadata": {"name": name, "labels": {"howdah.dev/drill": "u"}},
+            "spec": {"accessModes": ["ReadWriteOnce"], "capacity": {"storage": "1Gi"}, "storageClassName": "",
+                "persistentVolumeReclaimPolicy": "Retain", "claimRef": {"namespace": claim, "name": name},
+                "csi": {"driver": "nobody.example.com", "volumeHandle": name}}})
+        .to_string()
+    };
+    let scheduler = "--as=system:serviceaccount:howdah-system:howdah-scheduler";
+    let as_scheduler = |verb: &[&str], input: &str| {
+        let output = lab.kubectl_with_input(&[&[scheduler], verb].concat(), input).unwrap();
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let create = ["create", "-f", "-"];
+    // A policy is obeyed some moments after it was made.
+    let refused = wait_until(POLICY_LIMIT, || {
+        let (passed, said) =
+            as_scheduler(&["create", "--dry-run=server", "-f", "-"], &volume("other", "shop"));
+        !passed && said.contains("restore drills alone")
+    });
+    assert!(refused, "the scheduler may make any volume");
+    for (name, claim) in [("howdah-verify-u", "shop"), ("other", "howdah-verify")] {
+        let (passed, said) = as_scheduler(&create, &volume(name, claim));
+        assert!(!passed && said.contains("restore drills alone"), "{name} for {claim}: {said}");
+    }
+    let applied = lab.kubectl_apply(&volume("somebody-elses", "shop")).unwrap();
+    assert!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
+    let (passed, said) = as_scheduler(&["delete", "pv", "somebody-elses"], "");
+    assert!(!passed && said.contains("restore drills alone"), "{said}");
+    lab.kubectl_ok(&["delete", "pv", "somebody-elses"]).unwrap();
+    let (passed, said) = as_scheduler(&create, &volume("howdah-verify-u", "howdah-verify"));
+    assert!(passed, "{said}");
+    let (passed, said) = as_scheduler(&["delete", "pv", "howdah-verify-u"], "");
+    assert!(passed, "{said}");
 }
 
 /// What `kubectl howdah protect` or the owner of a namespace does.
@@ -297,7 +348,11 @@ async fn sweep(
 /// Checks [`NEVER`] in users' namespaces, howdah's and Rook's, for every name that means anything.
 async fn never_holds(client: &Client, account: &str, places: &Places) -> Result<()> {
     for (label, namespace) in places.all() {
+        let drills = account == "howdah-scheduler" && namespace == "howdah-verify";
         for (group, resource, verb) in NEVER {
+            if drills && OF_DRILLS.contains(&(resource, verb)) {
+                continue;
+            }
             let found = allowed(client, account, namespace, group, resource, ANY_NAME, verb).await?;
             ensure!(!found, "{account} can {verb} {resource} in {label}");
         }

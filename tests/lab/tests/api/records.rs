@@ -13,6 +13,7 @@ use howdah_core::backup::{
 use howdah_core::restore::{
     self, JournalRecord, Method, Proof, RestoreStatus, Source, StepRecord as RestoreStep, VolumeRecord,
 };
+use howdah_core::verify::{self, Report, VerifyStatus};
 use howdah_lab::lab::Lab;
 use howdah_lab::testing::shared_name;
 use jiff::Timestamp;
@@ -87,6 +88,32 @@ fn full_status() -> BackupStatus {
             kind: FailureKind::Transient,
             reason: "words".to_owned(),
             cure: "do it".to_owned(),
+        }),
+        verification: Some(VerifyStatus {
+            phase: verify::Phase::Damaged,
+            attempt: 2,
+            asked: text(),
+            started_at: Some(slot()),
+            finished_at: Some(slot()),
+            retry_at: Some(slot()),
+            phase_since: Some(slot()),
+            phase_retries: 1,
+            report: Some(Report {
+                postgres_version: text(),
+                recovery_ms: Some(812),
+                system_identifier: text(),
+                databases: Some(2),
+                rows: Some(1 << 40),
+                checksums: Some(true),
+                answer: text(),
+                damage: text(),
+            }),
+            failure: Some(verify::Failure {
+                step: verify::Phase::Running,
+                reason: "words".to_owned(),
+                cure: "do it".to_owned(),
+            }),
+            left_behind: text(),
         }),
     }
 }

@@ -11,4 +11,5 @@ mod restore;
 mod scheduler;
 mod server;
 mod stage;
+mod verify;
 mod versions;

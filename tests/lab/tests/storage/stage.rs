@@ -506,6 +506,7 @@ fn install(lab: &Lab) {
         let parts = [
             "deploy/base/namespace.yaml",
             "deploy/base/scheduler-rbac.yaml",
+            "deploy/base/verify.yaml",
             "deploy/base/credentials-clusterrole.yaml",
             "deploy/overlays/rook/ceph-rbac.yaml",
             "deploy/overlays/rook/cephclient.yaml",

@@ -1,0 +1,130 @@
+# Runs in the pod of a restore drill, in the database's own image: starts PostgreSQL on the clone of a backup, follows its
+# recovery to the end, reads everything, and says what it found as one line of JSON. POSIX sh: images are Debian and Alpine.
+# Whatever is not PostgreSQL's word on the data ends with an exit code instead, and says nothing of the backup.
+set -eu
+report=${HOWDAH_REPORT:-/dev/termination-log}
+
+give_up() {
+    printf '%s\n' "$1" >"$report"
+    exit 1
+}
+
+[ -s "$PGDATA/PG_VERSION" ] || give_up "there is no PG_VERSION in $PGDATA"
+if [ "$(id -u)" = 0 ]; then
+    # PostgreSQL does not run as root; whose the data is, it is.
+    owner=$(stat -c %u "$PGDATA")
+    group=$(stat -c %g "$PGDATA")
+    : >"$report"
+    chmod a+w "$report"
+    if command -v setpriv >/dev/null && setpriv --help 2>&1 | grep -q -- --reuid; then
+        exec setpriv --reuid="$owner" --regid="$group" --clear-groups sh -c "$HOWDAH_DRILL"
+    elif command -v gosu >/dev/null; then
+        exec gosu "$owner:$group" sh -c "$HOWDAH_DRILL"
+    elif command -v su-exec >/dev/null; then
+        exec su-exec "$owner:$group" sh -c "$HOWDAH_DRILL"
+    fi
+    give_up "the image has none of setpriv, gosu and su-exec, and PostgreSQL does not run as root"
+fi
+command -v postgres >/dev/null || give_up "there is no postgres in the image's PATH"
+
+work=$(mktemp -d)
+log=$work/log
+role=${HOWDAH_ROLE:-postgres}
+database=${HOWDAH_DATABASE:-postgres}
+
+quoted() { printf '%s' "$1" | tr '\n\t\r' '   ' | tr -d '\000-\037' | cut -c 1-400 | sed 's/\\/\\\\/g; s/"/\\"/g'; }
+# Milliseconds, where date knows them.
+now_ms() {
+    case $(date +%N) in
+        *[!0-9]* | '') echo "$(date +%s)000" ;;
+        *) date +%s%3N ;;
+    esac
+}
+# What PostgreSQL says when it is the data that is bad, and not the place it is started in.
+BAD='PANIC|invalid page|invalid .*checkpoint|could not locate a valid checkpoint|checksum|could not read blocks?|could not read file "(base|global|pg_wal|pg_xact)|unexpected data beyond EOF|missing chunk number|could not access status of transaction|database files are incompatible|control file contains invalid|corrupt'
+say() {
+    # $1: what is wrong, or nothing.
+    {
+        printf '{'
+        [ -z "${version:-}" ] || printf '"postgresVersion":"%s",' "$(quoted "$version")"
+        [ -z "${recovery_ms:-}" ] || printf '"recoveryMs":%s,' "$recovery_ms"
+        [ -z "${identifier:-}" ] || printf '"systemIdentifier":"%s",' "$(quoted "$identifier")"
+        [ -z "${databases:-}" ] || printf '"databases":%s,' "$databases"
+        [ -z "${rows:-}" ] || printf '"rows":%s,' "$rows"
+        [ -z "${checksums:-}" ] || printf '"checksums":%s,' "$checksums"
+        [ -z "${answer+set}" ] || printf '"answer":"%s",' "$(quoted "$answer")"
+        [ -z "$1" ] || printf '"damage":"%s",' "$(quoted "$1")"
+        printf '"script":1}\n'
+    } >"$report"
+    [ -z "${server:-}" ] || kill -QUIT "$server" 2>/dev/null || :
+    exit 0
+}
+# Condemns the backup if the text tells of bad data; else it is somebody else's fault.
+judge() {
+    bad=$(printf '%s\n' "$2" | grep -E -m 1 "$BAD" || :)
+    # The disk or the memory of this place may be at fault.
+    if [ -n "$bad" ] && ! printf '%s\n' "$2" | grep -qE 'No space left|Input/output error|Cannot allocate memory'; then
+        say "$1: $bad"
+    fi
+    give_up "$1: $(printf '%s\n' "$2" | tail -n 1)"
+}
+
+# The clone is of a running server, which is not here.
+rm -f "$PGDATA/postmaster.pid" "$PGDATA/standby.signal" "$PGDATA/recovery.signal" "$PGDATA/recovery.conf"
+printf 'local all all trust\n' >"$work/hba"
+# An image may keep its configuration elsewhere; what is in the data directory counts if it is there.
+printf "include_if_exists '%s/postgresql.conf'\n" "$PGDATA" >"$work/conf"
+
+started=$(now_ms)
+# Nothing it does reaches anybody: no network, no archive, no standby, no job of its own. The little memory is for reading.
+postgres -D "$PGDATA" \
+    -c config_file="$work/conf" -c hba_file="$work/hba" -c external_pid_file= \
+    -c listen_addresses= -c port=5432 -c unix_socket_directories="$work" -c ssl=off \
+    -c archive_mode=off -c archive_command= -c restore_command= -c primary_conninfo= -c synchronous_standby_names= \
+    -c max_logical_replication_workers=0 -c autovacuum=off -c logging_collector=off -c log_destination=stderr \
+    -c log_min_messages=warning -c shared_buffers=64MB -c huge_pages=off -c jit=off -c max_connections=20 \
+    -c max_wal_senders=0 -c superuser_reserved_connections=0 >"$log" 2>&1 &
+server=$!
+ask() { psql -h "$work" -p 5432 -U "$role" -X -A -t -q -v ON_ERROR_STOP=1 "$@"; }
+# Bounded by the pod's activeDeadlineSeconds.
+until [ "$(ask -d postgres -c 'SELECT pg_is_in_recovery()' 2>"$work/error")" = f ]; do
+    if ! kill -0 "$server" 2>/dev/null; then
+        server=
+        judge "PostgreSQL does not start" "$(cat "$log")"
+    fi
+    # It lets in, but not this role: that will not pass.
+    ! grep -q 'role .* does not exist' "$work/error" || give_up "$(tail -n 1 "$work/error"): name the superuser as POSTGRES_USER"
+    sleep 0.2
+done
+recovery_ms=$(($(now_ms) - started))
+version=$(ask -d postgres -c 'SHOW server_version')
+identifier=$(ask -d postgres -c 'SELECT system_identifier FROM pg_control_system()')
+[ "$(ask -d postgres -c 'SHOW data_checksums')" = on ] && checksums=true || checksums=false
+
+# Every row of every table, and with it every page that has a checksum.
+databases=0
+rows=0
+ask -d postgres -c 'SELECT datname FROM pg_database WHERE datallowconn ORDER BY 1' >"$work/databases"
+while IFS= read -r name; do
+    databases=$((databases + 1))
+    {
+        echo "\\set ON_ERROR_STOP 1"
+        echo "SELECT format('SELECT count(*) FROM ONLY %I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        echo "WHERE c.relkind IN ('r', 'm') AND c.relpersistence = 'p' AND c.relispopulated AND n.nspname NOT IN ('pg_catalog', 'information_schema') \\gexec"
+    } >"$work/count.sql"
+    counted=$(ask -d "$name" -f "$work/count.sql" 2>"$work/error") || judge "the database $name cannot be read" "$(cat "$work/error")"
+    for count in $counted; do rows=$((rows + count)); done
+done <"$work/databases"
+
+# Structure of heaps and indexes, where the image has the means.
+if command -v pg_amcheck >/dev/null; then
+    code=0
+    pg_amcheck -h "$work" -p 5432 -U "$role" --all --install-missing >"$work/amcheck" 2>&1 || code=$?
+    # 2 is its word for corruption; 1 is for what it could not do, such as an extension that is not there.
+    [ "$code" != 2 ] || say "pg_amcheck: $(head -n 2 "$work/amcheck" | tr '\n' ' ')"
+fi
+
+if [ -n "${HOWDAH_QUERY:-}" ]; then
+    answer=$(ask -d "$database" -c "$HOWDAH_QUERY" 2>"$work/error") || judge "howdah.dev/verify-query failed" "$(cat "$work/error")"
+fi
+say ""

@@ -1,0 +1,225 @@
+//! The parts of a restore drill: a volume on the clone, its claim, and a pod that starts PostgreSQL there.
+
+use howdah_core::annotations::VerifyQuery;
+use howdah_core::names;
+use howdah_core::verify::RUN_LIMIT;
+use howdah_core::volume::RbdVolume;
+use k8s_openapi::api::core::v1::{
+    Container, PersistentVolume, PersistentVolumeClaim, Pod, PodSpec, SecretReference,
+};
+use serde_json::{Value, json};
+
+/// What the pod runs.
+const SCRIPT: &str = include_str!("drill.sh");
+/// The name of the one volume of the pod.
+const DATA: &str = "data";
+/// The role that is tried when the container names none.
+const SUPERUSER: &str = "postgres";
+/// The variable that the official image reads its superuser's name from.
+const SUPERUSER_ENV: &str = "POSTGRES_USER";
+
+/// What is known of the database that the backup is of.
+#[derive(Debug)]
+pub struct Original {
+    /// The volume that the data lies on.
+    pub volume: RbdVolume,
+    /// `spec.csi.fsType`.
+    pub fs_type: Option<String>,
+    /// Where nodes find the key to map it.
+    pub stage_secret: Option<SecretReference>,
+    /// The specification of its pod.
+    pub pod: PodSpec,
+    /// The container of PostgreSQL.
+    pub container: Container,
+    /// The name of its pod's volume that the data lies on.
+    pub mounted_as: Vec<String>,
+    /// What is asked of the data.
+    pub query: VerifyQuery,
+}
+
+/// The name of everything a drill makes.
+#[must_use]
+pub fn name_of(uid: &str) -> String {
+    format!("{}{uid}", names::DRILL_PREFIX)
+}
+
+/// The three objects.
+#[derive(Debug)]
+pub struct Parts {
+    /// A volume made by hand, whose handle is the name of the image (ceph-csi, docs/static-pvc.md).
+    pub volume: PersistentVolume,
+    /// Its claim.
+    pub claim: PersistentVolumeClaim,
+    /// The pod.
+    pub pod: Pod,
+}
+
+impl Parts {
+    /// Of the drill of the record with this uid; `size` is the clone's, in bytes.
+    ///
+    /// # Errors
+    /// If the original's specification does not fit into a pod, which the API server has judged before.
+    pub fn new(uid: &str, original: &Original, size: u64) -> Result<Self, serde_json::Error> {
+        let name = name_of(uid);
+        let metadata =
+            json!({"name": name, "namespace": names::VERIFY_NAMESPACE, "labels": {names::DRILL_LABEL: uid}});
+        let capacity = json!({"storage": size.to_string()});
+        let volume = json!({
+            "metadata": {"name": name, "labels": {names::DRILL_LABEL: uid}},
+            "spec": {
+                "accessModes": ["ReadWriteOnce"], "capacity": capacity, "storageClassName": "",
+                // The image is removed by howdah, which knows whether it may be.
+                "persistentVolumeReclaimPolicy": "Retain",
+                "claimRef": {"namespace": names::VERIFY_NAMESPACE, "name": name},
+                "csi": {
+                    "driver": original.volume.driver, "volumeHandle": name,
+                    "fsType": original.fs_type, "nodeStageSecretRef": original.stage_secret,
+                    "volumeAttributes": {
+                        "clusterID": original.volume.cluster_id, "pool": original.volume.pool, "staticVolume": "true",
+                        "imageFeatures": "layering", "mapOptions": original.volume.map_options,
+                    },
+                },
+            },
+        });
+        let claim = json!({
+            "metadata": metadata,
+            "spec": {"accessModes": ["ReadWriteOnce"], "storageClassName": "", "volumeName": name,
+                     "resources": {"requests": capacity}},
+        });
+        let pod = json!({"metadata": metadata, "spec": pod_spec(&name, original)});
+        Ok(Self {
+            volume: serde_json::from_value(volume)?,
+            claim: serde_json::from_value(claim)?,
+            pod: serde_json::from_value(pod)?,
+        })
+    }
+}
+
+fn pod_spec(name: &str, original: &Original) -> Value {
+    let Original { container, pod, query, .. } = original;
+    let mounts: Vec<Value> = container
+        .volume_mounts
+        .iter()
+        .flatten()
+        .filter(|mount| original.mounted_as.contains(&mount.name))
+        .map(|mount| json!({"name": DATA, "mountPath": mount.mount_path, "subPath": mount.sub_path}))
+        .collect();
+    // Only values that are written down: a Secret of the database's namespace is not here.
+    let plain = |wanted: &str| {
+        let found = container.env.iter().flatten().rfind(|variable| variable.name == wanted);
+        found.and_then(|variable| variable.value.clone())
+    };
+    let mut env = vec![
+        json!({"name": "HOWDAH_DRILL", "value": SCRIPT}),
+        json!({"name": "HOWDAH_ROLE", "value": plain(SUPERUSER_ENV).unwrap_or_else(|| SUPERUSER.to_owned())}),
+    ];
+    env.extend(plain("PGDATA").map(|path| json!({"name": "PGDATA", "value": path})));
+    let asked = [("HOWDAH_QUERY", &query.query), ("HOWDAH_DATABASE", &query.database)];
+    env.extend(
+        asked.into_iter().filter_map(|(name, value)| Some(json!({"name": name, "value": value.as_ref()?}))),
+    );
+    let of_pod = pod.security_context.as_ref();
+    let of_container = container.security_context.as_ref();
+    json!({
+        "restartPolicy": "Never",
+        "activeDeadlineSeconds": RUN_LIMIT.as_secs(),
+        "terminationGracePeriodSeconds": 5,
+        "automountServiceAccountToken": false,
+        "enableServiceLinks": false,
+        "nodeSelector": pod.node_selector,
+        "tolerations": pod.tolerations,
+        "securityContext": {
+            "runAsUser": of_pod.and_then(|context| context.run_as_user),
+            "runAsGroup": of_pod.and_then(|context| context.run_as_group),
+            "fsGroup": of_pod.and_then(|context| context.fs_group),
+            "fsGroupChangePolicy": of_pod.and_then(|context| context.fs_group_change_policy.clone()),
+            "supplementalGroups": of_pod.and_then(|context| context.supplemental_groups.clone()),
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [{
+            "name": "postgres",
+            "image": container.image,
+            "imagePullPolicy": "IfNotPresent",
+            "command": ["sh", "-c", "exec sh -c \"$HOWDAH_DRILL\""],
+            "env": env,
+            "volumeMounts": mounts,
+            "terminationMessagePolicy": "File",
+            "resources": {
+                "requests": {"cpu": "100m", "memory": "256Mi"},
+                "limits": {"memory": "1Gi"},
+            },
+            "securityContext": {
+                "allowPrivilegeEscalation": false,
+                "runAsUser": of_container.and_then(|context| context.run_as_user),
+                "runAsGroup": of_container.and_then(|context| context.run_as_group),
+            },
+        }],
+        "volumes": [{"name": DATA, "persistentVolumeClaim": {"claimName": name}}],
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn original() -> Original {
+        let pod: PodSpec = serde_json::from_value(json!({
+            "securityContext": {"fsGroup": 999},
+            "serviceAccountName": "db",
+            "containers": [{
+                "name": "db", "image": "docker.io/library/postgres:15",
+                "env": [{"name": "PGDATA", "value": "/data/pgdata"},
+                        {"name": "POSTGRES_PASSWORD", "valueFrom": {"secretKeyRef": {"name": "db", "key": "p"}}}],
+                "volumeMounts": [{"name": "disk", "mountPath": "/data"}, {"name": "shm", "mountPath": "/dev/shm"}],
+            }],
+        }))
+        .unwrap();
+        Original {
+            volume: RbdVolume {
+                volume: "pvc-1".to_owned(),
+                driver: "rook-ceph.rbd.csi.ceph.com".to_owned(),
+                cluster_id: "rook-ceph".to_owned(),
+                pool: "replicapool".to_owned(),
+                rados_namespace: String::new(),
+                image: "csi-vol-1".to_owned(),
+                map_options: "krbd:noshare".to_owned(),
+                encrypted: false,
+                static_volume: false,
+                journal: None,
+            },
+            fs_type: Some("ext4".to_owned()),
+            stage_secret: None,
+            container: pod.containers[0].clone(),
+            pod,
+            mounted_as: vec!["disk".to_owned()],
+            query: VerifyQuery::default(),
+        }
+    }
+
+    #[test]
+    fn the_pod_has_the_image_and_the_data_and_nothing_else_of_the_database() {
+        let parts = Parts::new("u-1", &original(), 1 << 30).unwrap();
+        let spec = parts.pod.spec.unwrap();
+        assert_eq!(parts.pod.metadata.name.as_deref(), Some("howdah-verify-u-1"));
+        assert_eq!(spec.automount_service_account_token, Some(false));
+        assert_eq!((spec.service_account_name, spec.restart_policy.as_deref()), (None, Some("Never")));
+        let container = &spec.containers[0];
+        assert_eq!(container.image.as_deref(), Some("docker.io/library/postgres:15"));
+        let mounts = container.volume_mounts.as_ref().unwrap();
+        assert_eq!((mounts.len(), mounts[0].mount_path.as_str()), (1, "/data"));
+        let names: Vec<&str> =
+            container.env.iter().flatten().map(|variable| variable.name.as_str()).collect();
+        assert_eq!(names, ["HOWDAH_DRILL", "HOWDAH_ROLE", "PGDATA"]);
+        assert_eq!(spec.security_context.unwrap().fs_group, Some(999));
+    }
+
+    #[test]
+    fn the_volume_is_the_clone_and_stays_when_its_claim_goes() {
+        let volume = Parts::new("u-1", &original(), 1 << 30).unwrap().volume.spec.unwrap();
+        let csi = volume.csi.unwrap();
+        assert_eq!(csi.volume_handle, "howdah-verify-u-1");
+        assert_eq!(csi.volume_attributes.unwrap()["staticVolume"], "true");
+        assert_eq!(volume.persistent_volume_reclaim_policy.as_deref(), Some("Retain"));
+        assert_eq!(volume.claim_ref.unwrap().name.as_deref(), Some("howdah-verify-u-1"));
+    }
+}

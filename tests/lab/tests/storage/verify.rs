@@ -1,0 +1,258 @@
+//! Restore drills. The scheduler, the API server, Ceph and PostgreSQL are real; where a kubelet would run the drill's pod, the
+//! test maps the clone and runs the pod's own script on it.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt as _;
+use std::process::Command;
+use std::time::Duration;
+
+use howdah_core::backup::{BackupStatus, Phase};
+use howdah_core::names::{DRILL_PREFIX, VERIFY_NAMESPACE, VERIFY_NOW};
+use howdah_core::verify::{self, VerifyStatus};
+use howdah_lab::ceph::POOL;
+use howdah_lab::mapping::Mapping;
+use howdah_lab::postgres::DEBIAN_MAJOR;
+use howdah_lab::process::wait_until;
+use howdah_lab::storage::claim::wait_slowly;
+use howdah_lab::testing::Process;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::stage::{LEAD_LIMIT, Stage};
+
+/// A drill of a small database takes some twenty seconds.
+const DRILL_LIMIT: Duration = Duration::from_secs(240);
+/// Where Debian keeps the programs of a server.
+const PROGRAMS: &str = "/usr/lib/postgresql";
+/// Between two looks at what the scheduler has made.
+const LOOK: Duration = Duration::from_millis(200);
+
+impl Stage {
+    fn drill(&self, backup: &str) -> VerifyStatus {
+        self.status(backup).verification.unwrap_or_default()
+    }
+
+    fn drill_name(&self, backup: &str) -> String {
+        format!("{DRILL_PREFIX}{}", self.backup(backup).unwrap().metadata.uid.unwrap())
+    }
+
+    fn in_drills(&self, args: &[&str]) -> String {
+        self.lab.kubectl_ok(&[&["-n", VERIFY_NAMESPACE], args].concat()).unwrap()
+    }
+
+    /// Asks for a drill by hand.
+    fn ask(&self, backup: &str, token: &str) {
+        self.kubectl(&[
+            "annotate",
+            "--overwrite",
+            "postgresbackup",
+            backup,
+            &format!("{VERIFY_NOW}={token}"),
+        ]);
+    }
+
+    /// Waits for the pod of a backup's drill, and does what its kubelet would: runs the script and tells how it ended.
+    fn play_drill(&self, backup: &str) {
+        let name = self.drill_name(backup);
+        let mut pod = Value::Null;
+        let found = wait_slowly(DRILL_LIMIT, || {
+            let text = self.in_drills(&["get", "pod", &name, "--ignore-not-found", "-o", "json"]);
+            pod = serde_json::from_str(&text).unwrap_or_default();
+            pod.is_object()
+        });
+        assert!(found, "no pod: {:?}\n{}", self.drill(backup), self.scheduler_log());
+        let container = &pod["spec"]["containers"][0];
+        let mapping = Mapping::open(&self.lab, &name, &name, false).unwrap();
+        let report = tempfile::NamedTempFile::new().unwrap();
+        let mut script = self.lab.command("sh");
+        for variable in container["env"].as_array().unwrap() {
+            script.env(variable["name"].as_str().unwrap(), variable["value"].as_str().unwrap());
+        }
+        let path = std::env::var("PATH").unwrap();
+        script
+            .env("PGDATA", mapping.path().join("data"))
+            .env("HOWDAH_REPORT", report.path())
+            .env("PATH", format!("{PROGRAMS}/{DEBIAN_MAJOR}/bin:{path}"));
+        let command: Vec<&str> =
+            container["command"].as_array().unwrap().iter().map(|part| part.as_str().unwrap()).collect();
+        assert_eq!(command[0], "sh");
+        let code = i32::from(self.lab.output_inside(script.args(&command[1..])).is_err());
+        let message = std::fs::read_to_string(report.path()).unwrap();
+        // PostgreSQL was told to end, and leaves the file system before it is unmounted.
+        let data = mapping.path().join("data/postmaster.pid");
+        wait_until(DRILL_LIMIT, || !data.exists() || !in_use(&mapping));
+        drop(mapping);
+        let ended = json!({"status": {"phase": "Succeeded", "containerStatuses": [{
+            "name": container["name"], "image": container["image"], "imageID": "", "ready": false, "restartCount": 0,
+            "state": {"terminated": {"exitCode": code, "reason": "Completed", "message": message}}}]}});
+        self.in_drills(&[
+            "patch",
+            "pod",
+            &name,
+            "--subresource=status",
+            "--type=merge",
+            "-p",
+            &ended.to_string(),
+        ]);
+    }
+
+    fn wait_drilled(&self, backup: &str) -> BackupStatus {
+        let over = wait_until(DRILL_LIMIT, || self.drill(backup).phase.is_terminal());
+        assert!(over, "{:?}\n{}", self.drill(backup), self.scheduler_log());
+        self.status(backup)
+    }
+
+    /// Whether anything of the drill of a backup is left, wherever it may be.
+    fn nothing_left(&self, backup: &str) {
+        let name = self.drill_name(backup);
+        for kind in ["pod", "pvc"] {
+            assert_eq!(self.in_drills(&["get", kind, &name, "--ignore-not-found", "-o", "name"]), "");
+        }
+        assert_eq!(
+            self.lab.kubectl_ok(&["get", "pv", &name, "--ignore-not-found", "-o", "name"]).unwrap(),
+            ""
+        );
+        let images = self.lab.rbd(&["ls", POOL]).unwrap();
+        assert!(!images.contains(&name), "the clone is left: {images}");
+    }
+}
+
+/// Whether a process works in the file system of the mapping.
+fn in_use(mapping: &Mapping) -> bool {
+    Command::new("fuser").args(["-sm"]).arg(mapping.path()).status().is_ok_and(|status| status.success())
+}
+
+#[test]
+fn a_good_backup_is_proven_and_a_damaged_one_found() {
+    let stage = Stage::shared();
+    stage.grant();
+    let query = json!({"howdah.dev/verify": "always", "howdah.dev/retention": "last=2",
+        "howdah.dev/verify-query": "SELECT sum(n) FROM t", "howdah.dev/verify-expect": "500500"});
+    let database = stage.database("db", query);
+    database.sql("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n");
+    database.order("good", Some("online"));
+    stage.wait_over("good");
+    stage.play_drill("good");
+    let status = stage.wait_drilled("good");
+    let drill = status.verification.unwrap();
+    assert_eq!(
+        (status.phase, drill.phase),
+        (Phase::Verified, verify::Phase::Verified),
+        "{:?}",
+        drill.failure
+    );
+    let report = drill.report.unwrap();
+    assert_eq!(report.rows, Some(1000));
+    assert_eq!(report.answer.as_deref(), Some("500500"));
+    assert_eq!(report.system_identifier, status.system_identifier);
+    assert!(
+        report.recovery_ms.is_some_and(|ms| ms > 0) && report.databases.is_some_and(|n| n >= 2),
+        "{report:?}"
+    );
+    stage.nothing_left("good");
+    // The catalogue knows it, too.
+    let entry = format!("howdah.dev/backup.{}", status.snapshot.unwrap().name);
+    let metadata = stage.lab.rbd(&["image-meta", "get", database.image(), &entry]).unwrap();
+    assert!(metadata.contains(r#""rows":1000"#), "{metadata}");
+
+    // A page of the table goes bad behind PostgreSQL's back: the file system has it, PostgreSQL's cache has not.
+    database.sql("CHECKPOINT");
+    let file = database.sql("SELECT pg_relation_filepath('t')");
+    let path = database.mapping().path().join("data").join(file);
+    let file: File = OpenOptions::new().write(true).open(path).unwrap();
+    file.write_all_at(&[0xff; 64], 0).unwrap();
+    file.sync_all().unwrap();
+    database.order("bad", Some("online"));
+    assert_eq!(stage.wait_over("bad").phase, Phase::Taken, "taking it reads no page");
+    stage.play_drill("bad");
+    let status = stage.wait_drilled("bad");
+    assert_eq!(status.phase, Phase::Damaged, "{:?}", status.verification);
+    let failure = status.verification.unwrap().failure.unwrap();
+    assert!(
+        failure.reason.contains("invalid page") && failure.cure.contains("do not restore"),
+        "{failure:?}"
+    );
+    stage.nothing_left("bad");
+    let told = || {
+        let events = stage.kubectl(&["get", "events", "-o", "jsonpath={.items[*].reason}"]);
+        events.contains("BackupDamaged") && events.contains("BackupVerified")
+    };
+    assert!(wait_slowly(LEAD_LIMIT, told), "no Event of it");
+
+    // `last=1` would keep the damaged one alone if it counted.
+    stage.annotate("db", "howdah.dev/retention=last=1");
+    stage.annotate("db", "howdah.dev/verify=never");
+    database.order("third", Some("crash"));
+    stage.wait_over("third");
+    let left = database.snapshots();
+    assert_eq!(
+        left.len(),
+        2,
+        "the newest verified one and the newest good one stay, the damaged one goes: {left:?}"
+    );
+    assert!(stage.backup("bad").is_none() && stage.backup("good").is_some());
+}
+
+#[test]
+fn a_drill_ends_the_same_in_whatever_phase_its_scheduler_is_killed() {
+    let stage = Stage::alone();
+    stage.grant();
+    let database = stage.database("db", json!({}));
+    let mut scheduler = stage.scheduler("scheduler-0", 18081);
+    database.sql("CREATE TABLE t AS SELECT generate_series(1, 10) AS n");
+    database.order("one", Some("crash"));
+    stage.wait_over("one");
+    let phases = [
+        verify::Phase::Cloning,
+        verify::Phase::Starting,
+        verify::Phase::Running,
+        verify::Phase::Removing,
+        verify::Phase::Recording,
+    ];
+    for (i, phase) in phases.into_iter().enumerate() {
+        let token = phase.as_str().to_lowercase();
+        stage.ask("one", &token);
+        let of_this = |drill: &VerifyStatus| drill.asked.as_deref() == Some(token.as_str());
+        let late = matches!(phase, verify::Phase::Removing | verify::Phase::Recording);
+        if late {
+            stage.play_drill("one");
+        }
+        let mut seen = verify::Phase::Requested;
+        let reached = wait_until(DRILL_LIMIT, || {
+            let drill = stage.drill("one");
+            if of_this(&drill) {
+                seen = drill.phase;
+            }
+            let passed = of_this(&drill) && drill.phase.is_terminal();
+            let there = of_this(&drill) && drill.phase == phase;
+            if !there && !passed {
+                std::thread::sleep(LOOK / 10);
+            }
+            there || passed
+        });
+        assert!(reached, "it did not come to {phase:?}: {seen:?}\n{}", scheduler.output().unwrap());
+        eprintln!("killed in {seen:?}, wanted {phase:?}");
+        scheduler = kill(&stage, scheduler, i);
+        if !late {
+            stage.play_drill("one");
+        }
+        let over = wait_until(DRILL_LIMIT, || {
+            let drill = stage.drill("one");
+            of_this(&drill) && drill.phase.is_terminal()
+        });
+        let status = stage.status("one");
+        assert!(over, "{:?}\n{}", status.verification, scheduler.output().unwrap());
+        assert_eq!(status.phase, Phase::Verified, "killed in {phase:?}: {:?}", status.verification);
+        assert_eq!(status.verification.unwrap().report.unwrap().rows, Some(10));
+        stage.nothing_left("one");
+    }
+    scheduler.stop().unwrap();
+}
+
+/// Kills a scheduler and starts the next one.
+fn kill(stage: &Stage, mut scheduler: Process, number: usize) -> Process {
+    scheduler.signal(Signal::SIGKILL).unwrap();
+    assert!(scheduler.wait_gone(LEAD_LIMIT));
+    // The same name: what it leased is its own.
+    stage.scheduler("scheduler-0", 18082 + u16::try_from(number).unwrap())
+}
