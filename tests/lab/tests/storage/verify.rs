@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use howdah_core::backup::{BackupStatus, Phase};
-use howdah_core::names::{DRILL_PREFIX, VERIFY_NAMESPACE, VERIFY_NOW};
+use howdah_core::names::{DRILL_PREFIX, VERIFY_NAMESPACE, VERIFY_NOW, image_meta_key};
 use howdah_core::verify::{self, VerifyStatus};
 use howdah_lab::ceph::POOL;
 use howdah_lab::mapping::Mapping;
@@ -151,7 +151,7 @@ fn a_good_backup_is_proven_and_a_damaged_one_found() {
     );
     stage.nothing_left("good");
     // The catalogue knows it, too.
-    let entry = format!("howdah.dev/backup.{}", status.snapshot.unwrap().name);
+    let entry = image_meta_key(&status.snapshot.unwrap().name);
     let metadata = stage.lab.rbd(&["image-meta", "get", database.image(), &entry]).unwrap();
     assert!(metadata.contains(r#""rows":1000"#), "{metadata}");
 
