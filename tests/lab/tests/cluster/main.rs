@@ -13,6 +13,7 @@ mod drain;
 mod installed;
 mod restore;
 mod storage;
+mod verify;
 
 /// Nodes of the cluster that the tests of this binary share: a majority outlives one.
 const NODES: u8 = 3;
