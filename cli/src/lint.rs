@@ -13,10 +13,11 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use howdah_adapters::kubernetes::call;
-use howdah_core::lint::{Judgement, Known, Sort, judge, sort};
+use howdah_core::lint::{Judgement, Known, Sort, judge, judge_dependent, sort};
 use howdah_core::names;
 use howdah_core::policy::{Config, Effect, Outcome, json as raw};
 use jiff::Timestamp;
+use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
 use k8s_openapi::api::storage::v1::StorageClass;
 use kube::api::ListParams;
@@ -64,9 +65,10 @@ pub struct LintArgs {
     /// The shortest grace period that the webhook is configured with.
     #[arg(long, default_value_t = Config::default().minimum_grace_s, value_parser = clap::value_parser!(i64).range(1..))]
     pub minimum_grace_seconds: i64,
-    /// Where the rule reference (docs/reference/rules.md) is published; links in SARIF begin with it.
-    #[arg(long, default_value = "https://howdah.dev/docs/reference/rules.md")]
-    pub rules_url: String,
+    /// Where the rule reference (docs/reference/rules.md) is published, such as in your copy of the repository; each rule in
+    /// SARIF links to its section there. Without it there are no links.
+    #[arg(long, value_name = "URL")]
+    pub rules_url: Option<String>,
 }
 
 /// The shape of the report.
@@ -86,6 +88,8 @@ struct Report {
     files: usize,
     /// Protected StatefulSets.
     judged: usize,
+    /// Autoscalers and disruption budgets that belong to them.
+    dependents: usize,
     /// Everything else.
     others: usize,
     findings: Vec<Finding>,
@@ -98,7 +102,8 @@ struct Report {
 #[derive(Debug)]
 struct Finding {
     place: Place,
-    /// Namespace and name of the StatefulSet.
+    /// Kind, namespace and name of the object.
+    kind: String,
     namespace: String,
     name: String,
     outcome: Outcome,
@@ -146,7 +151,7 @@ pub async fn run(
         }
         Output::Text => text::render(&report),
         Output::Json => json::render(&report),
-        Output::Sarif => sarif::render(&report, &arguments.rules_url),
+        Output::Sarif => sarif::render(&report, arguments.rules_url.as_deref()),
     };
     Ok((printed, ExitCode::from(report.exit_code())))
 }
@@ -184,8 +189,9 @@ fn objects(input: &Input) -> impl Iterator<Item = (&Document, &Value)> {
 
 /// Reads from the cluster what the policy may ask about the manifests.
 async fn ask(client: &Client, input: &Input, namespace: &str, known: &mut Known) -> anyhow::Result<()> {
-    let protected = objects(input).filter(|(_, object)| sort(object) == Sort::Protected);
-    let namespaces: BTreeSet<&str> = protected
+    let judged =
+        objects(input).filter(|(_, object)| matches!(sort(object), Sort::Protected | Sort::Dependent(_)));
+    let namespaces: BTreeSet<&str> = judged
         .map(|(_, object)| raw::string(object, &["metadata", "namespace"]).unwrap_or(namespace))
         .collect();
     read(Api::<StorageClass>::all(client.clone()), namespace, known).await?;
@@ -193,6 +199,8 @@ async fn ask(client: &Client, input: &Input, namespace: &str, known: &mut Known)
     for namespace in namespaces {
         let claims = Api::<PersistentVolumeClaim>::namespaced(client.clone(), namespace);
         read(claims, namespace, known).await?;
+        // What belongs to a set may be written without it.
+        read(Api::<StatefulSet>::namespaced(client.clone(), namespace), namespace, known).await?;
     }
     known.complete = true;
     Ok(())
@@ -204,7 +212,10 @@ where
 {
     let attempt = format!("list each {}", K::kind(&()));
     for object in call(attempt, api.list(&ListParams::default())).await?.items {
-        let object = serde_json::to_value(object).context("write an object of the cluster as JSON")?;
+        let mut object = serde_json::to_value(object).context("write an object of the cluster as JSON")?;
+        // The items of a list do not say what they are.
+        object["apiVersion"] = K::api_version(&()).into();
+        object["kind"] = K::kind(&()).into();
         known.add(&object, namespace);
     }
     Ok(())
@@ -233,20 +244,35 @@ impl Report {
                     }
                     Sort::Protected => {
                         report.judged += 1;
-                        let Judgement { namespace, name, outcomes, defaults } =
-                            judge(&manifest.object, namespace, known, config, now);
-                        report.findings.extend(outcomes.into_iter().map(|outcome| Finding {
-                            place: place(&outcome.finding.field),
-                            namespace: namespace.clone(),
-                            name: name.clone(),
-                            outcome,
-                        }));
-                        report.patches.extend(defaults.map(|manifest| Patch { place: place(""), manifest }));
+                        let judgement = judge(&manifest.object, namespace, known, config, now);
+                        report.take(judgement, place);
+                    }
+                    Sort::Dependent(target) => {
+                        let judged = judge_dependent(&manifest.object, target, namespace, known, config, now);
+                        match judged {
+                            Some(judgement) => {
+                                report.dependents += 1;
+                                report.take(judgement, place);
+                            }
+                            None => report.others += 1,
+                        }
                     }
                 }
             }
         }
         report
+    }
+
+    fn take(&mut self, judgement: Judgement, place: impl Fn(&str) -> Place) {
+        let Judgement { kind, namespace, name, outcomes, defaults } = judgement;
+        self.findings.extend(outcomes.into_iter().map(|outcome| Finding {
+            place: place(&outcome.finding.field),
+            kind: kind.clone(),
+            namespace: namespace.clone(),
+            name: name.clone(),
+            outcome,
+        }));
+        self.patches.extend(defaults.map(|manifest| Patch { place: place(""), manifest }));
     }
 
     fn count(&self, effect: Effect) -> usize {
@@ -311,7 +337,7 @@ mod tests {
         let printed = match arguments.output {
             Output::Text => text::render(&report),
             Output::Json => json::render(&report),
-            Output::Sarif => sarif::render(&report, &arguments.rules_url),
+            Output::Sarif => sarif::render(&report, arguments.rules_url.as_deref()),
         };
         (printed.replace(folder.path().to_str().unwrap(), "shop"), report)
     }
@@ -375,6 +401,50 @@ metadata: {name: orders}
             let region = &result["locations"][0]["physicalLocation"]["region"];
             assert_eq!(region["startLine"], line, "{result}");
         }
+    }
+
+    #[test]
+    fn what_belongs_to_a_set_is_judged_with_it() {
+        let both = r#"apiVersion: apps/v1
+kind: StatefulSet
+metadata: {name: db, namespace: shop, labels: {howdah.dev/protect: "true"}}
+spec:
+  selector: {matchLabels: {app: db}}
+  template: {metadata: {labels: {app: db}}}
+---
+apiVersion: autoscaling/v2
+kind: HorizontalPodAutoscaler
+metadata: {name: db, namespace: shop}
+spec:
+  maxReplicas: 4
+  scaleTargetRef: {apiVersion: apps/v1, kind: StatefulSet, name: db}
+---
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata: {name: db, namespace: shop}
+spec:
+  selector: {matchLabels: {app: db}}
+  minAvailable: 1
+---
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata: {name: web, namespace: shop}
+spec: {selector: {matchLabels: {app: web}}, minAvailable: 1}
+"#;
+        let (text, report) = lint(both, &[]);
+        let found: Vec<_> = report.findings.iter().map(|f| (f.outcome.rule.id, f.place.line)).collect();
+        assert_eq!(found, [("autoscaler", Some(11)), ("disruption-budget", Some(19))], "{text}");
+        assert_eq!((report.judged, report.dependents, report.others), (1, 2, 1));
+        assert_eq!(report.exit_code(), EXIT_DENIED);
+        for part in [
+            "db.yaml:11: denied [autoscaler] HorizontalPodAutoscaler shop/db: spec.maxReplicas is 4, wanted 1",
+            "db.yaml:19: warning [disruption-budget] PodDisruptionBudget shop/db: spec.minAvailable is 1",
+            "1 StatefulSet and 2 objects of theirs judged, 1 other object",
+        ] {
+            assert!(text.contains(part), "{part} is missing in\n{text}");
+        }
+        let json: Value = serde_json::from_str(&lint(both, &["-o", "json"]).0).unwrap();
+        assert_eq!(json["findings"][0]["kind"], "HorizontalPodAutoscaler");
     }
 
     #[test]

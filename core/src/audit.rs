@@ -12,6 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::policy::parents::{belongs_to, dependent};
 use crate::policy::{self, ClusterFacts, Effect, Outcome, exemptions, json as raw};
 
 /// Findings in one report: more than anybody reads, and at most some 100 KiB in etcd. The report counts the others.
@@ -62,7 +63,7 @@ pub struct ReportedFinding {
     pub stateful_set: String,
     /// The id of the rule.
     pub rule: String,
-    /// The path of the field.
+    /// The path of the field; after kind and name of the object where that is not the StatefulSet.
     pub field: String,
     /// What was found and what is wanted.
     pub message: String,
@@ -101,19 +102,47 @@ pub struct Audited {
     pub ending: usize,
 }
 
-/// Looks at one protected StatefulSet as it stands.
+/// Looks at one protected StatefulSet as it stands, and at what belongs to it among the autoscalers and disruption budgets
+/// of its namespace.
 #[must_use]
-pub fn look(object: &Value, facts: &ClusterFacts, now: Timestamp) -> Audited {
+pub fn look(object: &Value, dependents: &[Value], facts: &ClusterFacts, now: Timestamp) -> Audited {
     let text = |field: &str| raw::string(object, &["metadata", field]).unwrap_or_default();
     let (namespace, name) = (text("namespace"), text("name"));
     let verdict = policy::validate(&policy::Request::look(namespace, name, object), facts, now);
+    let mut outcomes = verdict.outcomes;
+    outcomes
+        .extend(dependents.iter().flat_map(|dependent| look_at(dependent, object, namespace, facts, now)));
     Audited {
         namespace: namespace.to_owned(),
         name: name.to_owned(),
         uid: text("uid").to_owned(),
-        outcomes: verdict.outcomes,
+        outcomes,
         ending: exemptions::count_ending(object, now),
     }
+}
+
+/// Looks at an autoscaler or a disruption budget by `set`; nothing is found where it does not belong to it.
+fn look_at(
+    object: &Value,
+    set: &Value,
+    namespace: &str,
+    facts: &ClusterFacts,
+    now: Timestamp,
+) -> Vec<Outcome> {
+    let text = |path: &[&str]| raw::string(object, path).unwrap_or_default();
+    let (kind, name) = (text(&["kind"]), text(&["metadata", "name"]));
+    let Some(target) = dependent(object) else { return Vec::new() };
+    let request = policy::Request::look_at(target, namespace, name, object);
+    if !belongs_to(&request, set) {
+        return Vec::new();
+    }
+    let facts =
+        ClusterFacts { parent: Some(set.clone()), config: facts.config.clone(), ..ClusterFacts::default() };
+    let mut outcomes = policy::validate(&request, &facts, now).outcomes;
+    for outcome in &mut outcomes {
+        outcome.finding.field = format!("{kind}/{name} {}", outcome.finding.field);
+    }
+    outcomes
 }
 
 /// What to do about the report of one namespace, and which Events are due.
@@ -243,6 +272,7 @@ fn notices(sets: &[Audited], report: &mut Report, now: Timestamp, events_left: &
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::Target;
     use serde_json::json;
 
     fn now() -> Timestamp {
@@ -258,7 +288,7 @@ mod tests {
             },
             "spec": {"replicas": 2, "template": {"spec": {"terminationGracePeriodSeconds": 5}}},
         });
-        look(&object, &ClusterFacts::default(), now())
+        look(&object, &[], &ClusterFacts::default(), now())
     }
 
     /// How many findings a careless set has: those that deny, and all, advice included.
@@ -286,6 +316,39 @@ mod tests {
 
     fn planned(sets: &[Audited], before: Option<&Report>, now: Timestamp) -> Plan {
         plan(sets, before, now, &mut EVENTS_PER_ROUND_MAX.clone())
+    }
+
+    #[test]
+    fn what_belongs_to_a_set_is_looked_at_and_named() {
+        let set = json!({
+            "metadata": {"namespace": "shop", "name": "orders", "uid": "u", "labels": {"howdah.dev/protect": "true"}},
+            "spec": {"template": {"metadata": {"labels": {"app": "orders"}}}},
+        });
+        let autoscaler = |target: &str| {
+            json!({
+                "apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler",
+                "metadata": {"name": format!("scale-{target}")},
+                "spec": {"minReplicas": 0, "maxReplicas": 1, "scaleTargetRef": {"kind": "StatefulSet", "name": target}},
+            })
+        };
+        let budget = json!({
+            "apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": {"name": "keep"},
+            "spec": {"maxUnavailable": 0, "selector": {"matchLabels": {"app": "orders"}}},
+        });
+        let looked = |dependents: &[Value]| {
+            let outcomes = look(&set, dependents, &ClusterFacts::default(), now()).outcomes;
+            let of_dependents =
+                outcomes.iter().filter(|outcome| outcome.rule.targets != [Target::StatefulSet]);
+            of_dependents.map(Outcome::sentence).collect::<Vec<_>>()
+        };
+        assert!(looked(&[autoscaler("other")]).is_empty());
+        assert_eq!(
+            looked(&[autoscaler("orders"), budget]),
+            [
+                "HorizontalPodAutoscaler/scale-orders spec.minReplicas is 0, wanted 1",
+                "PodDisruptionBudget/keep spec.maxUnavailable is 0, wanted maxUnavailable: 1",
+            ]
+        );
     }
 
     #[test]

@@ -10,8 +10,9 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use crate::names;
+use crate::policy::parents::{belongs_to, dependent};
 use crate::policy::{
-    self, Claim, ClusterFacts, Config, Effect, Outcome, Request, StorageClass, Volume, json as raw,
+    self, Claim, ClusterFacts, Config, Effect, Outcome, Request, StorageClass, Target, Volume, json as raw,
 };
 
 /// A manifest, and where in its document it stands.
@@ -110,6 +111,8 @@ pub enum Sort {
     Protected,
     /// A StatefulSet whose label is there and means nothing: neither `true` nor `false`.
     Mislabelled,
+    /// Something that is judged where it belongs to a protected StatefulSet.
+    Dependent(Target),
     /// Something else.
     Other,
 }
@@ -117,6 +120,9 @@ pub enum Sort {
 /// Sorts one manifest.
 #[must_use]
 pub fn sort(object: &Value) -> Sort {
+    if let Some(target) = dependent(object) {
+        return Sort::Dependent(target);
+    }
     let group = raw::string(object, &["apiVersion"]).and_then(|version| version.split('/').next());
     if raw::string(object, &["kind"]) != Some("StatefulSet") || group != Some("apps") {
         return Sort::Other;
@@ -136,6 +142,8 @@ pub struct Known {
     volumes: BTreeMap<String, Volume>,
     /// By namespace and name.
     claims: BTreeMap<(String, String), Claim>,
+    /// The protected StatefulSets, by namespace and name.
+    sets: BTreeMap<(String, String), Value>,
     /// Whether this is all there is, because a cluster was asked.
     pub complete: bool,
 }
@@ -155,6 +163,14 @@ impl Known {
             Some("PersistentVolumeClaim") => {
                 let namespace = namespace_of(object, namespace).to_owned();
                 self.claims.insert((namespace, name), Claim::from_json(object));
+            }
+            Some("StatefulSet") => {
+                let key = (namespace_of(object, namespace).to_owned(), name);
+                match sort(object) {
+                    Sort::Protected => self.sets.insert(key, object.clone()),
+                    // Of what is there and what will be, the latter counts.
+                    _ => self.sets.remove(&key),
+                };
             }
             _ => {}
         }
@@ -177,6 +193,8 @@ impl Known {
 /// The verdict on one manifest.
 #[derive(Debug)]
 pub struct Judgement {
+    /// Its kind.
+    pub kind: String,
     /// Its namespace.
     pub namespace: String,
     /// Its name; empty when it is generated.
@@ -217,7 +235,40 @@ pub fn judge(object: &Value, namespace: &str, known: &Known, config: &Config, no
         json_patch::merge(&mut manifest, &defaults);
         manifest
     });
-    Judgement { namespace: namespace.to_owned(), name: name.to_owned(), outcomes: verdict.outcomes, defaults }
+    judgement(object, namespace, verdict.outcomes, defaults)
+}
+
+/// Judges an autoscaler or a disruption budget by the protected StatefulSet that it belongs to, as the webhook would judge
+/// its creation; `None` where no such set is known.
+#[must_use]
+pub fn judge_dependent(
+    object: &Value,
+    target: Target,
+    namespace: &str,
+    known: &Known,
+    config: &Config,
+    now: Timestamp,
+) -> Option<Judgement> {
+    let namespace = namespace_of(object, namespace);
+    let name = raw::string(object, &["metadata", "name"]).unwrap_or_default();
+    let request = Request::look_at(target, namespace, name, object);
+    let here = known.sets.iter().filter(|((space, _), _)| space == namespace);
+    let parent = here.map(|(_, set)| set).find(|set| belongs_to(&request, set))?;
+    let facts =
+        ClusterFacts { parent: Some(parent.clone()), config: config.clone(), ..ClusterFacts::default() };
+    let verdict = policy::validate(&request, &facts, now);
+    Some(judgement(object, namespace, verdict.outcomes, None))
+}
+
+fn judgement(object: &Value, namespace: &str, outcomes: Vec<Outcome>, defaults: Option<Value>) -> Judgement {
+    let text = |path: &[&str]| raw::string(object, path).unwrap_or_default().to_owned();
+    Judgement {
+        kind: text(&["kind"]),
+        namespace: namespace.to_owned(),
+        name: text(&["metadata", "name"]),
+        outcomes,
+        defaults,
+    }
 }
 
 fn namespace_of<'a>(object: &'a Value, fallback: &'a str) -> &'a str {
@@ -341,6 +392,38 @@ mod tests {
         let mut other = Known::default();
         other.add(&class("rancher.io/local-path"), "default");
         assert_eq!(lint(&set(), &other), [("storage-class", "deny")], "a fact of the files counts");
+    }
+
+    #[test]
+    fn what_belongs_to_a_protected_set_is_judged_by_it() {
+        let autoscaler = json!({
+            "apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "metadata": {"name": "db"},
+            "spec": {"maxReplicas": 3, "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": "db"}},
+        });
+        let budget = json!({
+            "apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": {"name": "db"},
+            "spec": {"minAvailable": 1, "selector": {"matchLabels": {"app": "db"}}},
+        });
+        let found = |object: &Value, known: &Known| {
+            let Sort::Dependent(target) = sort(object) else { panic!("{object}") };
+            let judged = judge_dependent(object, target, "default", known, &Config::default(), now())?;
+            let outcomes = judged.outcomes.iter();
+            Some(outcomes.map(|outcome| (outcome.rule.id, outcome.effect)).collect::<Vec<_>>())
+        };
+        let mut known = Known::default();
+        assert_eq!(found(&autoscaler, &known), None, "no set is known");
+        known.add(&set(), "elsewhere");
+        assert_eq!(found(&autoscaler, &known), None, "it is of another namespace");
+        known.add(&set(), "default");
+        assert_eq!(found(&autoscaler, &known), Some(vec![("autoscaler", Effect::Deny)]));
+        assert_eq!(found(&budget, &known), Some(vec![("disruption-budget", Effect::Warn)]));
+        let mut warned = set();
+        warned["metadata"]["annotations"] = json!({"howdah.dev/mode": "warn"});
+        known.add(&warned, "default");
+        assert_eq!(found(&autoscaler, &known), Some(vec![("autoscaler", Effect::Warn)]));
+        warned["metadata"]["labels"] = json!({});
+        known.add(&warned, "default");
+        assert_eq!(found(&autoscaler, &known), None, "the label is taken off");
     }
 
     #[test]

@@ -217,9 +217,15 @@ impl<'a> Request<'a> {
     /// A StatefulSet that is looked at as it stands: by the audit, or by the command line in a file.
     #[must_use]
     pub fn look(namespace: &'a str, name: &'a str, object: &'a Value) -> Self {
+        Self::look_at(Target::StatefulSet, namespace, name, object)
+    }
+
+    /// The same for what belongs to a StatefulSet; see [`parents::dependent`].
+    #[must_use]
+    pub fn look_at(target: Target, namespace: &'a str, name: &'a str, object: &'a Value) -> Self {
         Self {
             operation: Operation::Create,
-            target: Target::StatefulSet,
+            target,
             namespace,
             name,
             object: Some(object),

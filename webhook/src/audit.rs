@@ -16,7 +16,9 @@ use howdah_core::names;
 use howdah_core::policy::{Claim, ClusterFacts, Config, StorageClass, Volume};
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::StatefulSet;
+use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::storage::v1;
 use kube::api::{DeleteParams, ObjectMeta, PostParams, Preconditions};
 use kube::runtime::events::{Event, EventType};
@@ -24,7 +26,7 @@ use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, Resource, ResourceExt as _};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -35,6 +37,10 @@ use crate::metrics::AuditMetrics;
 const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 /// Reason of the Events.
 const REASON: &str = "PolicyViolation";
+/// What the policy reads of the spec of an autoscaler,
+const AUTOSCALER_FIELDS: [&str; 3] = ["scaleTargetRef", "minReplicas", "maxReplicas"];
+/// and of that of a disruption budget.
+const BUDGET_FIELDS: [&str; 3] = ["selector", "minAvailable", "maxUnavailable"];
 /// Pause between two looks at caches that are not filled yet.
 const FILLING: Duration = Duration::from_millis(200);
 
@@ -54,6 +60,8 @@ struct Caches {
     classes: Kept<StorageClass>,
     claims: Kept<Claim>,
     volumes: Kept<Volume>,
+    autoscalers: Kept<Value>,
+    budgets: Kept<Value>,
     reports: Kept<HowdahReport>,
 }
 
@@ -92,6 +100,8 @@ impl Auditor {
             ended = caches.classes.feed::<v1::StorageClass>(&self.client, all(), |class| StorageClass::from_json(&raw(&class))) => Err(ended),
             ended = caches.claims.feed::<PersistentVolumeClaim>(&self.client, all(), |claim| Claim::from_json(&raw(&claim))) => Err(ended),
             ended = caches.volumes.feed::<PersistentVolume>(&self.client, all(), |volume| Volume::from_json(&raw(&volume))) => Err(ended),
+            ended = caches.autoscalers.feed::<HorizontalPodAutoscaler>(&self.client, all(), |autoscaler| dependent_of(autoscaler, &AUTOSCALER_FIELDS)) => Err(ended),
+            ended = caches.budgets.feed::<PodDisruptionBudget>(&self.client, all(), |budget| dependent_of(budget, &BUDGET_FIELDS)) => Err(ended),
             ended = caches.reports.feed::<HowdahReport>(&self.client, ours, |report| report) => Err(ended),
         };
         // Who does not audit knows nothing, and must not repeat what was true once.
@@ -192,6 +202,8 @@ impl Caches {
             && self.classes.is_filled()
             && self.claims.is_filled()
             && self.volumes.is_filled()
+            && self.autoscalers.is_filled()
+            && self.budgets.is_filled()
             && self.reports.is_filled()
     }
 
@@ -205,6 +217,10 @@ impl Caches {
             ..ClusterFacts::default()
         };
         let claims = self.claims.all();
+        let mut dependents: BTreeMap<String, Vec<Value>> = BTreeMap::new();
+        for ((namespace, _), object) in self.autoscalers.all().into_iter().chain(self.budgets.all()) {
+            dependents.entry(namespace).or_default().push(object);
+        }
         let mut sets: BTreeMap<String, Vec<Audited>> = BTreeMap::new();
         let mut claims_of = None;
         for ((namespace, _), set) in self.sets.all() {
@@ -213,7 +229,9 @@ impl Caches {
                 facts.claims = own.map(|((_, name), claim)| (name.clone(), claim.clone())).collect();
                 claims_of = Some(namespace.clone());
             }
-            sets.entry(namespace).or_default().push(audit::look(&set, &facts, now));
+            let dependents = dependents.get(&namespace).map_or(&[][..], Vec::as_slice);
+            let audited = audit::look(&set, dependents, &facts, now);
+            sets.entry(namespace).or_default().push(audited);
         }
         sets
     }
@@ -225,6 +243,24 @@ fn set_of(mut set: StatefulSet) -> Value {
     set.annotations_mut().remove(LAST_APPLIED);
     set.status = None;
     raw(&set)
+}
+
+/// The little that the policy reads of an autoscaler or a disruption budget: a cluster may have thousands that have nothing
+/// to do with a database.
+fn dependent_of<K>(object: K, fields: &[&str]) -> Value
+where
+    K: Resource<DynamicType = ()> + Serialize,
+{
+    let mut spec = raw(&object)["spec"].take();
+    if let Some(spec) = spec.as_object_mut() {
+        spec.retain(|field, _| fields.contains(&field.as_str()));
+    }
+    json!({
+        "apiVersion": K::api_version(&()),
+        "kind": K::kind(&()),
+        "metadata": {"name": object.name_any(), "deletionTimestamp": object.meta().deletion_timestamp},
+        "spec": spec,
+    })
 }
 
 fn report_of(before: Option<&HowdahReport>, report: Report) -> HowdahReport {
@@ -339,6 +375,22 @@ mod tests {
             ..ObjectMeta::default()
         };
         StatefulSet { metadata, ..StatefulSet::default() }
+    }
+
+    #[test]
+    fn of_what_belongs_to_a_set_only_what_is_judged_is_kept() {
+        let budget: PodDisruptionBudget = serde_json::from_value(json!({
+            "metadata": {"namespace": "shop", "name": "keep", "annotations": {"long": "text"}},
+            "spec": {"maxUnavailable": 0, "selector": {"matchLabels": {"app": "a"}}, "unhealthyPodEvictionPolicy": "AlwaysAllow"},
+            "status": {"currentHealthy": 1},
+        }))
+        .unwrap();
+        let kept = json!({
+            "apiVersion": "policy/v1", "kind": "PodDisruptionBudget",
+            "metadata": {"name": "keep", "deletionTimestamp": null},
+            "spec": {"maxUnavailable": 0, "selector": {"matchLabels": {"app": "a"}}},
+        });
+        assert_eq!(dependent_of(budget, &BUDGET_FIELDS), kept);
     }
 
     #[test]

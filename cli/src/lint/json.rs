@@ -14,7 +14,7 @@ pub(super) fn render(report: &Report) -> String {
             with_place(
                 &finding.place,
                 json!({
-                    "kind": "StatefulSet",
+                    "kind": finding.kind,
                     "namespace": finding.namespace,
                     "name": finding.name,
                     "rule": outcome.rule.id,
@@ -47,6 +47,7 @@ pub(super) fn render(report: &Report) -> String {
     let report = json!({
         "files": report.files,
         "judged": report.judged,
+        "dependents": report.dependents,
         "others": report.others,
         "findings": findings,
         "notes": notes,

@@ -14,8 +14,8 @@ use super::{Finding, Report};
 const SCHEMA: &str =
     "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json";
 
-/// Renders the report; `rules_url` is where the rule reference is published.
-pub(super) fn render(report: &Report, rules_url: &str) -> String {
+/// Renders the report; `rules_url` is where the rule reference is published, if it is.
+pub(super) fn render(report: &Report, rules_url: Option<&str>) -> String {
     let rules: Vec<Value> = RULES.iter().map(|rule| describe(rule, rules_url)).collect();
     let results: Vec<Value> = report.findings.iter().map(result).collect();
     let notifications: Vec<Value> = report
@@ -29,14 +29,13 @@ pub(super) fn render(report: &Report, rules_url: &str) -> String {
                 .map(|note| notification("note", note.text.clone(), &note.place.file, note.place.line)),
         )
         .collect();
-    let log = json!({
+    let mut log = json!({
         "$schema": SCHEMA,
         "version": "2.1.0",
         "runs": [{
             "tool": {"driver": {
                 "name": "howdah",
                 "version": env!("CARGO_PKG_VERSION"),
-                "informationUri": rules_url,
                 "rules": rules,
             }},
             "invocations": [{
@@ -48,21 +47,27 @@ pub(super) fn render(report: &Report, rules_url: &str) -> String {
             "results": results,
         }],
     });
+    if let Some(url) = rules_url {
+        log["runs"][0]["tool"]["driver"]["informationUri"] = json!(url);
+    }
     format!("{log:#}\n")
 }
 
-fn describe(rule: &Rule, rules_url: &str) -> Value {
+fn describe(rule: &Rule, rules_url: Option<&str>) -> Value {
     let exempt = match rule.exemption() {
         Some(annotation) => format!("{annotation}=\"until=YYYY-MM-DD reason=...\""),
         None => "not possible".to_owned(),
     };
-    json!({
+    let mut description = json!({
         "id": rule.id,
         "shortDescription": {"text": rule.intent},
-        "help": {"text": format!("Fix: {}. Exempt: {exempt}.", rule.fix)},
-        "helpUri": format!("{rules_url}#{}", rule.id),
+        "help": {"text": format!("Reads: {}. Fix: {}. Exempt: {exempt}.", rule.fields.join(", "), rule.fix)},
         "defaultConfiguration": {"level": "error"},
-    })
+    });
+    if let Some(url) = rules_url {
+        description["helpUri"] = json!(format!("{url}#{}", rule.id));
+    }
+    description
 }
 
 fn result(finding: &Finding) -> Value {
@@ -76,11 +81,11 @@ fn result(finding: &Finding) -> Value {
     let object = format!("{}/{}", finding.namespace, finding.name);
     let mut location = physical(&finding.place.file, finding.place.line);
     location["logicalLocations"] = json!([{
-        "fullyQualifiedName": format!("StatefulSet/{object}/{}", finding.outcome.finding.field),
+        "fullyQualifiedName": format!("{}/{object}/{}", finding.kind, finding.outcome.finding.field),
         "kind": "member",
     }]);
     let text =
-        format!("StatefulSet {object}: {}. Fix: {}.", finding.outcome.sentence(), finding.outcome.fix());
+        format!("{} {object}: {}. Fix: {}.", finding.kind, finding.outcome.sentence(), finding.outcome.fix());
     let mut result = json!({
         "ruleId": rule.id,
         "ruleIndex": RULES.iter().position(|known| known.id == rule.id),
@@ -148,10 +153,10 @@ mod tests {
             has(rule, &["id"]);
             has(&rule["shortDescription"], &["text"]);
             assert!(rules[..i].iter().all(|earlier| earlier["id"] != rule["id"]));
-            let uri = rule["helpUri"].as_str().unwrap();
-            assert!(
-                uri.starts_with("https://") && uri.ends_with(&format!("#{}", rule["id"].as_str().unwrap()))
-            );
+            if let Some(uri) = rule.get("helpUri").map(|uri| uri.as_str().unwrap()) {
+                let anchor = format!("#{}", rule["id"].as_str().unwrap());
+                assert!(uri.starts_with("https://") && uri.ends_with(&anchor), "{uri}");
+            }
         }
         for invocation in run["invocations"].as_array().unwrap() {
             assert!(invocation["executionSuccessful"].is_boolean());
@@ -184,6 +189,7 @@ mod tests {
         let place = Place { file: "a b/ü.yaml".to_owned(), document: 1, line: Some(3) };
         let finding = |effect: Effect| Finding {
             place: place.clone(),
+            kind: "StatefulSet".to_owned(),
             namespace: "shop".to_owned(),
             name: "orders".to_owned(),
             outcome: Outcome {
@@ -206,7 +212,8 @@ mod tests {
             troubles: vec![trouble],
             ..Report::default()
         };
-        let log: Value = serde_json::from_str(&render(&report, "https://example.com/rules.md")).unwrap();
+        let log: Value =
+            serde_json::from_str(&render(&report, Some("https://example.com/rules.md"))).unwrap();
         check(&log);
         let run = &log["runs"][0];
         let levels: Vec<&Value> =
@@ -215,14 +222,19 @@ mod tests {
         let uri = &run["results"][0]["locations"][0]["physicalLocation"]["artifactLocation"]["uri"];
         assert_eq!(uri, "a%20b/%C3%BC.yaml");
         assert_eq!(run["invocations"][0]["executionSuccessful"], false);
-        check(&serde_json::from_str(&render(&Report::default(), "https://example.com/rules.md")).unwrap());
+        assert_eq!(run["tool"]["driver"]["informationUri"], "https://example.com/rules.md");
+        let silent: Value = serde_json::from_str(&render(&Report::default(), None)).unwrap();
+        check(&silent);
+        let driver = &silent["runs"][0]["tool"]["driver"];
+        assert!(driver.get("informationUri").is_none() && driver["rules"][0].get("helpUri").is_none());
     }
 
     #[test]
     fn every_link_leads_to_a_heading_of_the_reference() {
         let reference = howdah_core::policy::reference();
         for rule in &RULES {
-            let uri = describe(rule, "https://example.com/rules.md")["helpUri"].as_str().unwrap().to_owned();
+            let uri =
+                describe(rule, Some("https://example.com/rules.md"))["helpUri"].as_str().unwrap().to_owned();
             let (_, anchor) = uri.split_once('#').unwrap();
             assert!(reference.contains(&format!("\n## {anchor}\n")), "{uri}");
         }

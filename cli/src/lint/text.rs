@@ -22,7 +22,7 @@ pub(super) fn render(report: &Report) -> String {
             Effect::Exempt => "exempt",
             Effect::Open => "note",
         };
-        let object = format!("StatefulSet {}/{}", finding.namespace, shown(&finding.name));
+        let object = format!("{} {}/{}", finding.kind, finding.namespace, shown(&finding.name));
         text.push_str(&format!("{place}: {word} [{}] {object}: {}\n", outcome.rule.id, outcome.sentence()));
         if outcome.effect == Effect::Deny {
             text.push_str(&format!("    fix: {}\n    exempt: {}\n", outcome.fix(), outcome.exempt()));
@@ -39,7 +39,10 @@ pub(super) fn render(report: &Report) -> String {
 
 /// The last line, and what would answer what is open.
 fn sum(report: &Report) -> String {
-    let sets = counted(report.judged, "StatefulSet");
+    let mut sets = counted(report.judged, "StatefulSet");
+    if report.dependents > 0 {
+        sets.push_str(&format!(" and {} of theirs", counted(report.dependents, "object")));
+    }
     let others = counted(report.others, "other object");
     let mut text = format!("{}: {sets} judged, {others}", counted(report.files, "file"));
     text.push_str(&match report.count(Effect::Deny) {

@@ -32,6 +32,18 @@ pub fn belongs_to(request: &Request<'_>, set: &Value) -> bool {
     }
 }
 
+/// What an object is to the policy, where it belongs to a StatefulSet and is judged as it stands: an autoscaler or a
+/// disruption budget.
+#[must_use]
+pub fn dependent(object: &Value) -> Option<Target> {
+    let group = raw::string(object, &["apiVersion"])?.split('/').next()?;
+    match (group, raw::string(object, &["kind"])?) {
+        ("autoscaling", "HorizontalPodAutoscaler") => Some(Target::HorizontalPodAutoscaler),
+        ("policy", "PodDisruptionBudget") => Some(Target::DisruptionBudget),
+        _ => None,
+    }
+}
+
 /// The StatefulSet that a scale or a pod names, protected or not.
 #[must_use]
 pub fn named_by<'a>(request: &Request<'a>) -> Option<&'a str> {

@@ -37,6 +37,19 @@ fn careless(name: &str) -> Value {
     })
 }
 
+/// An autoscaler and a disruption budget of a set, neither as they should be.
+fn around(set: &str, namespace: &str) -> Value {
+    let metadata = json!({"name": set, "namespace": namespace});
+    json!({"apiVersion": "v1", "kind": "List", "items": [
+        {"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "metadata": metadata, "spec": {
+            "maxReplicas": 3, "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": set},
+        }},
+        {"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": metadata, "spec": {
+            "minAvailable": 1, "selector": {"matchLabels": {"app": set}},
+        }},
+    ]})
+}
+
 async fn report(webhook: &Webhook) -> Option<Value> {
     let path = format!("/apis/howdah.dev/v1alpha1/namespaces/{}/howdahreports", webhook.namespace.name());
     let answer = send(&webhook.client, &path, |request| request.get("howdah", &Default::default())).await;
@@ -79,6 +92,8 @@ async fn what_was_there_before_howdah_is_told_once_and_its_report_ends_with_it()
     install_definitions(&webhook.lab);
     let account = own_account(&webhook.lab);
     assert!(webhook.create("statefulsets", &careless("orders"), false).await.passed());
+    let output = webhook.lab.kubectl_apply(&around("orders", webhook.namespace.name()).to_string()).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let mut exempt = careless("stock");
     exempt["metadata"]["annotations"] = json!({
         "howdah.dev/mode": "audit",
@@ -104,9 +119,12 @@ async fn what_was_there_before_howdah_is_told_once_and_its_report_ends_with_it()
         })
         .map(|found| found["rule"].as_str().unwrap())
         .collect();
-    assert!(told.is_superset(&["anti-affinity", "grace-period", "single-replica"].into()), "{first:#}");
+    let rules = ["anti-affinity", "autoscaler", "disruption-budget", "grace-period", "single-replica"];
+    assert!(told.is_superset(&rules.into()), "{first:#}");
     for (set, rule, wanted) in [
         ("orders", "single-replica", "deny"),
+        ("orders", "autoscaler", "deny"),
+        ("orders", "disruption-budget", "warn"),
         ("stock", "single-replica", "exempt"),
         ("stock", "grace-period", "audit"),
         ("stock", "annotations", "warn"),
@@ -117,6 +135,8 @@ async fn what_was_there_before_howdah_is_told_once_and_its_report_ends_with_it()
     }
     let message = findings.iter().find(|found| found["rule"] == "single-replica").unwrap();
     assert_eq!(message["message"], "spec.replicas is 2, wanted 1 or 0");
+    let message = findings.iter().find(|found| found["rule"] == "autoscaler").unwrap();
+    assert_eq!(message["message"], "HorizontalPodAutoscaler/orders spec.maxReplicas is 3, wanted 1");
 
     // Round after round nothing is written and nothing is told again.
     rounds(&webhook, 2, 3.0).await;
