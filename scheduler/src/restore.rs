@@ -11,7 +11,7 @@ use howdah_adapters::kubernetes::call;
 use howdah_adapters::records::PostgresRestore;
 use howdah_core::backup::{FailureKind, Problem};
 use howdah_core::names;
-use howdah_core::restore::{self, Effect, Event, Goal, Order, Phase, Request, RestoreStatus};
+use howdah_core::restore::{self, Effect, Event, Order, Phase, Request, RestoreStatus};
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use kube::runtime::events::{Event as ClusterEvent, EventType};
@@ -23,8 +23,6 @@ use crate::context::Context;
 use crate::effects::connect_ceph;
 use crate::run::{self, Operation};
 
-/// What a record says in `spec.to` for the newest good backup.
-const NEWEST: &str = "newest";
 /// The token of the request that deleting an open record is.
 const DELETED: &str = "deleted";
 
@@ -81,20 +79,12 @@ fn request(record: &PostgresRestore, status: &RestoreStatus) -> Option<Request> 
 
 /// What is to be done: from the record alone, so that it is the same after a restart.
 fn order_of(record: &PostgresRestore) -> Order {
-    let spec = &record.spec;
-    let goal = match (&spec.undo, spec.before, spec.to.as_deref()) {
-        (Some(restore), _, _) => Goal::Undo(restore.clone()),
-        (None, Some(instant), _) => Goal::Before(instant),
-        (None, None, Some(NEWEST)) => Goal::Newest,
-        // The definition demands one of the three; a name that is empty is refused by the preflight.
-        (None, None, name) => Goal::Backup(name.unwrap_or_default().to_owned()),
-    };
     Order {
         name: record.name_any(),
         uid: record.uid().unwrap_or_default(),
         created: record.metadata.creation_timestamp.as_ref().map_or(Timestamp::UNIX_EPOCH, |time| time.0),
-        goal,
-        method: spec.method,
+        goal: record.spec.goal(),
+        method: record.spec.method,
     }
 }
 
@@ -194,7 +184,7 @@ impl<'a> Restore<'a> {
             action: "Restore".to_owned(),
             secondary: None,
         };
-        let database = self.cx.caches.database(&self.namespace(), &self.record.spec.stateful_set);
+        let database = self.cx.caches.database(&self.namespace(), self.record.spec.target());
         let published = match database.as_deref() {
             Some(database) => self.cx.kubernetes.publish::<StatefulSet>(event, database).await,
             None => self.cx.kubernetes.publish(event, &self.record).await,
@@ -327,19 +317,5 @@ mod tests {
         let event = first_event(&record(deleted.clone(), json!({"phase": "Starting", "resumed": "deleted"})));
         assert_eq!(event, Some(Event::Resumed));
         assert!(!is_open(&record(deleted, json!({"phase": "Stuck", "resumed": "deleted"}))));
-    }
-
-    #[test]
-    fn the_goal_is_what_the_spec_says() {
-        let goal = |spec: Value| {
-            let mut record = record(json!({"name": "r"}), json!(null));
-            record.spec = serde_json::from_value(spec).unwrap();
-            order_of(&record).goal
-        };
-        assert_eq!(goal(json!({"statefulSet": "db", "to": "newest"})), Goal::Newest);
-        assert_eq!(goal(json!({"statefulSet": "db", "to": "db-1"})), Goal::Backup("db-1".to_owned()));
-        assert_eq!(goal(json!({"statefulSet": "db", "undo": "r1"})), Goal::Undo("r1".to_owned()));
-        let before = goal(json!({"statefulSet": "db", "before": "2026-11-22T03:00:00Z"}));
-        assert!(matches!(before, Goal::Before(_)));
     }
 }

@@ -388,7 +388,7 @@ impl Work {
 
     fn restore(restore: &PostgresRestore) -> Self {
         Self {
-            key: (restore.namespace().unwrap_or_default(), restore.spec.stateful_set.clone()),
+            key: (restore.namespace().unwrap_or_default(), restore.spec.target().to_owned()),
             begun: restore.status.is_some(),
             since: created_at(restore),
             name: restore.name_any(),
