@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use howdah_adapters::ceph::{Ceph, ROLLBACK_LIMIT};
 use howdah_adapters::kubernetes::call;
+use howdah_adapters::leader::Mandate;
 use howdah_adapters::records::PostgresRestore;
 use howdah_core::backup::{FailureKind, Problem};
 use howdah_core::names;
@@ -16,7 +17,6 @@ use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use kube::runtime::events::{Event as ClusterEvent, EventType};
 use kube::{Api, ResourceExt as _};
-use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::context::Context;
@@ -49,8 +49,8 @@ fn limit_of(effect: &Effect) -> Duration {
 ///
 /// # Errors
 /// If the record cannot be read or written any more; the next run resumes from it.
-pub async fn run(cx: &Context, namespace: &str, name: &str, stop: &CancellationToken) -> anyhow::Result<()> {
-    run::run(cx, namespace, name, stop, |record| Restore::new(cx, record)).await
+pub async fn run(cx: &Context, namespace: &str, name: &str, mandate: &Mandate) -> anyhow::Result<()> {
+    run::run(cx, namespace, name, mandate, |record| Restore::new(cx, record)).await
 }
 
 /// Whether there is something to do for the record: it is not over, or something is asked of it.
