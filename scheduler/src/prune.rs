@@ -135,6 +135,7 @@ impl Pruning<'_> {
                 tokio::time::sleep(PAUSE).await;
             }
         }
+        self.tidy_catalogue(&all).await?;
         self.tidy_records(&records, &all, &pruned).await;
         self.retire(&all, now).await?;
         Ok(pruned)
@@ -362,6 +363,31 @@ impl Pruning<'_> {
             Ok(_) | Err(KubernetesError::NotFound { .. }) => Ok(()),
             Err(error) => Err(error),
         }
+    }
+
+    /// Removes entries of the catalogue that stand for nothing: a deletion that was cut off after the snapshot leaves one.
+    /// What cannot be read stays, and so does the copy of another image's entry.
+    async fn tidy_catalogue(&self, all: &[Held]) -> Result<(), PruneError> {
+        for Held { image, snapshots, metadata } in all {
+            let gone = |snapshots: &[Snapshot], id: u64| !snapshots.iter().any(|s| s.by_user && s.id == id);
+            let entries = metadata.iter().filter(|(key, _)| key.starts_with(names::IMAGE_META_PREFIX));
+            let entries = entries.filter_map(|(key, value)| Some((key, Entry::from_value(value).ok()?)));
+            let orphans: Vec<(&String, u64)> = entries
+                .filter(|(_, entry)| entry.image_id == image.id && gone(snapshots, entry.snapshot_id))
+                .map(|(key, entry)| (key, entry.snapshot_id))
+                .take(retention::DELETIONS_PER_RUN_MAX)
+                .collect();
+            if orphans.is_empty() {
+                continue;
+            }
+            // Listed anew, after the metadata: an entry is written when its snapshot is there.
+            let (spec, now) = (image.spec(), self.ceph.snapshots(&image.spec()).await?);
+            for (key, _) in orphans.into_iter().filter(|(_, id)| gone(&now, *id)) {
+                self.ceph.remove_metadata(&spec, key).await?;
+                info!(image = spec, key, "catalogue entry removed: its snapshot is gone");
+            }
+        }
+        Ok(())
     }
 
     /// Deletes records that stand for nothing: of snapshots that are gone from their image, and old failures.
