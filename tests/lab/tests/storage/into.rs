@@ -9,6 +9,7 @@ use howdah_lab::mapping::Mapping;
 use howdah_lab::process::wait_until;
 use serde_json::{Value, json};
 
+use crate::gate::{Gate, When};
 use crate::node::{Killer, Node, acknowledged};
 use crate::stage::{Place, START_LIMIT, Stage, name_of};
 
@@ -117,6 +118,32 @@ fn a_copy_is_made_beside_a_database_that_runs_on_whatever_kills_the_scheduler_an
         writer.stop().unwrap();
         killer.end();
     });
+}
+
+#[test]
+fn a_backup_that_is_about_to_be_cloned_is_not_pruned() {
+    let stage = Stage::alone();
+    stage.grant();
+    let source = Node::of(stage.database("db", json!({"howdah.dev/retention": "last=1"})));
+    let copy = Node::empty(&stage, "db-copy", stage.empty_set("db-copy", "160Mi"));
+    let gate = Gate::new(&stage);
+    let scheduler = stage.scheduler_on("scheduler-a", 18081, &gate.path());
+    source.play(|| {
+        copy.play(|| {
+            source.sql("CREATE TABLE t AS SELECT 1 AS n");
+            let first = source.back_up("first").snapshot.unwrap().name;
+            gate.close(When::Before, "clone");
+            source.order("restore", json!({"to": "first", "into": "db-copy"}));
+            gate.wait_reached();
+            // The database that is copied is backed up meanwhile, and its policy keeps one.
+            let second = source.back_up("second").snapshot.unwrap().name;
+            assert_eq!(stage.snapshots(&source.image), [first.as_str(), second.as_str()]);
+            gate.open();
+            copy.check_completed(&copy.wait_over("restore"));
+            assert_eq!(copy.sql("SELECT n FROM t"), "1");
+        });
+    });
+    scheduler.stop().unwrap();
 }
 
 #[test]
