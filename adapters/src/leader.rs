@@ -17,6 +17,7 @@ use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::api::{ObjectMeta, PostParams};
 use kube::{Api, Client};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -152,27 +153,32 @@ impl Election {
         let term = lease.spec.as_ref().and_then(|spec| spec.lease_transitions).unwrap_or(0);
         info!(lease = %self.settings.name, identity = %self.settings.identity, term, "leading");
         let (lost, resign) = (CancellationToken::new(), CancellationToken::new());
+        let (renewals, until) = watch::channel(asked + self.settings.renew_deadline);
+        let mandate = Mandate { lost: lost.clone(), until };
         let election = self.clone();
         let (task_lost, task_resign) = (lost.clone(), resign.clone());
         let renewing = tokio::spawn(async move {
             // The guard speaks also if the task panics: nobody may go on leading without renewal.
             let _guard = task_lost.drop_guard();
-            election.renew(lease, asked, &task_resign).await;
+            election.renew(lease, &renewals, &task_resign).await;
         });
-        Leadership { lost, resign, renewing, term }
+        Leadership { lost, mandate, resign, renewing, term }
     }
 
-    /// Renews until the term is lost or given up.
-    async fn renew(&self, mut lease: Lease, mut renewed: Instant, resign: &CancellationToken) {
+    /// Renews until the term is lost or given up, and says each time until when it lasts.
+    async fn renew(&self, mut lease: Lease, until: &watch::Sender<Instant>, resign: &CancellationToken) {
         loop {
-            let deadline = renewed + self.settings.renew_deadline;
+            let deadline = *until.borrow();
             tokio::select! {
                 () = resign.cancelled() => return self.give_up(lease).await,
                 () = tokio::time::sleep_until(deadline.min(Instant::now() + self.settings.retry)) => {}
             }
             let asked = Instant::now();
             match tokio::time::timeout_at(deadline, self.renew_once(&lease)).await {
-                Ok(Ok(Some(next))) => (lease, renewed) = (next, asked),
+                Ok(Ok(Some(next))) => {
+                    lease = next;
+                    until.send_replace(asked + self.settings.renew_deadline);
+                }
                 Ok(Ok(None)) => {
                     warn!(lease = %self.settings.name, "leadership lost: another contender holds the lease");
                     return;
@@ -260,10 +266,32 @@ fn taken(written: Result<Lease, KubernetesError>) -> Result<Option<Lease>, Kuber
     }
 }
 
+/// The right to act as the leader, for what acts.
+#[derive(Clone, Debug)]
+pub struct Mandate {
+    lost: CancellationToken,
+    until: watch::Receiver<Instant>,
+}
+
+impl Mandate {
+    /// Ends when the right does.
+    pub async fn ended(&self) {
+        self.lost.cancelled().await;
+    }
+
+    /// Whether this process may act now. It asks the clock, which goes on while a process is stopped: when that is
+    /// continued, what was waited for may be looked at before the timer that ends the term.
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        !self.lost.is_cancelled() && Instant::now() < *self.until.borrow()
+    }
+}
+
 /// Being the leader. Dropping it resigns, too, without waiting for the lease to be given back.
 #[derive(Debug)]
 pub struct Leadership {
     lost: CancellationToken,
+    mandate: Mandate,
     resign: CancellationToken,
     renewing: JoinHandle<()>,
     term: i32,
@@ -274,6 +302,12 @@ impl Leadership {
     #[must_use]
     pub fn lost(&self) -> &CancellationToken {
         &self.lost
+    }
+
+    /// The same for what asks before each thing it does.
+    #[must_use]
+    pub fn mandate(&self) -> &Mandate {
+        &self.mandate
     }
 
     /// The number of the term (`leaseTransitions`); grows with each change of leader.
@@ -295,5 +329,24 @@ impl Drop for Leadership {
     fn drop(&mut self) {
         self.lost.cancel();
         self.resign.cancel();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_right_that_ran_out_is_none_although_nobody_has_said_so_yet() {
+        let lost = CancellationToken::new();
+        let (renewals, until) = watch::channel(Instant::now() + Duration::from_secs(60));
+        let mandate = Mandate { lost: lost.clone(), until };
+        assert!(mandate.holds());
+        renewals.send_replace(Instant::now());
+        assert!(!mandate.holds() && !lost.is_cancelled());
+        renewals.send_replace(Instant::now() + Duration::from_secs(60));
+        assert!(mandate.holds());
+        lost.cancel();
+        assert!(!mandate.holds());
     }
 }

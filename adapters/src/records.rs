@@ -3,9 +3,9 @@
 use anyhow::Context as _;
 use howdah_core::annotations::Consistency;
 use howdah_core::backup::{BackupStatus, Trigger};
-use howdah_core::restore::{Method, RestoreStatus};
+use howdah_core::restore::{Candidate, Goal, Method, RestoreStatus, taken_at};
 use jiff::Timestamp;
-use kube::{CustomResource, CustomResourceExt as _, KubeSchema};
+use kube::{CustomResource, CustomResourceExt as _, KubeSchema, ResourceExt as _};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -56,6 +56,23 @@ pub struct PostgresBackupSpec {
     pub consistency: Option<Consistency>,
 }
 
+impl PostgresBackup {
+    /// What choosing among the backups needs to know of this one.
+    #[must_use]
+    pub fn candidate(&self) -> Candidate {
+        let status = self.status.clone().unwrap_or_default();
+        Candidate {
+            name: self.name_any(),
+            database: self.spec.stateful_set.clone(),
+            phase: status.phase,
+            taken_at: taken_at(&status),
+            consistency: status.consistency,
+            image: status.image,
+            snapshot: status.snapshot,
+        }
+    }
+}
+
 /// What is to be restored. It cannot be changed once the object exists.
 #[derive(Clone, Debug, Default, CustomResource, Deserialize, Serialize, KubeSchema, PartialEq, Eq)]
 #[kube(
@@ -68,11 +85,16 @@ pub struct PostgresBackupSpec {
     namespaced,
     status = "RestoreStatus",
     derive = "PartialEq",
-    doc = "One restore of a protected PostgreSQL StatefulSet from a backup, in place; and what undoing it needs.",
+    doc = "One restore of a protected PostgreSQL StatefulSet from a backup, in place or into another one; and what undoing it needs.",
     validation = Rule::new("self.spec == oldSelf.spec").message("a restore's spec cannot be changed: create another PostgresRestore"),
     validation = Rule::new("[has(self.spec.to), has(self.spec.before), has(self.spec.undo)].filter(given, given).size() == 1")
         .message("say exactly one of to (newest, or the name of a PostgresBackup), before (an instant) and undo (the name of a PostgresRestore)"),
+    validation = Rule::new("!has(self.spec.into) || self.spec.into != self.spec.statefulSet")
+        .message("name another StatefulSet in into than in statefulSet; to restore in place, leave into out"),
+    validation = Rule::new("!has(self.spec.into) || !has(self.spec.method) || self.spec.method == 'swap'")
+        .message("use the method swap with into: the other StatefulSet's image has no snapshot to be rolled back to"),
     printcolumn(name = "Database", type_ = "string", json_path = ".spec.statefulSet"),
+    printcolumn(name = "Into", type_ = "string", json_path = ".spec.into"),
     printcolumn(name = "Source", type_ = "string", json_path = ".status.source.name"),
     printcolumn(name = "Taken", type_ = "string", json_path = ".status.source.takenAt"),
     printcolumn(name = "Method", type_ = "string", json_path = ".status.method"),
@@ -86,9 +108,15 @@ pub struct PostgresRestoreSpec {
     /// The name of the StatefulSet, in the same namespace.
     #[x_kube(validation = Rule::new("self.size() > 0").message("name the StatefulSet to restore"))]
     pub stateful_set: String,
-    /// The uid of the StatefulSet; a set of the same name made later is another database, and is not restored.
+    /// The uid of the StatefulSet that gets the data, which is `into` where that is given; a set of the same name made
+    /// later is another database, and is not restored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stateful_set_uid: Option<String>,
+    /// The name of another StatefulSet, in the same namespace, that gets the data of a backup of `statefulSet`, which is not
+    /// touched. It must be protected, stand at zero replicas, and its claim must never have been mounted. Absent: in place.
+    #[x_kube(validation = Rule::new("self.size() > 0").message("name the StatefulSet to restore into"))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub into: Option<String>,
     /// `newest`, or the name of a PostgresBackup.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<String>,
@@ -101,6 +129,29 @@ pub struct PostgresRestoreSpec {
     /// `swap` (constant time) or `rollback` (overwrites the image). An undo goes the way of what it undoes.
     #[serde(default)]
     pub method: Method,
+}
+
+/// What a record says in `spec.to` for the newest good backup.
+const NEWEST: &str = "newest";
+
+impl PostgresRestoreSpec {
+    /// What is to be restored.
+    #[must_use]
+    pub fn goal(&self) -> Goal {
+        match (&self.undo, self.before, self.to.as_deref()) {
+            (Some(restore), _, _) => Goal::Undo(restore.clone()),
+            (None, Some(instant), _) => Goal::Before(instant),
+            (None, None, Some(NEWEST)) => Goal::Newest,
+            // The definition demands one of the three; a name that is empty is refused by the preflight.
+            (None, None, name) => Goal::Backup(name.unwrap_or_default().to_owned()),
+        }
+    }
+
+    /// The StatefulSet that gets the data: everything but the choice of the backup is about it.
+    #[must_use]
+    pub fn target(&self) -> &str {
+        self.into.as_deref().unwrap_or(&self.stateful_set)
+    }
 }
 
 /// The CustomResourceDefinitions of howdah as file name and YAML, as committed in `deploy/base/crds/`.
@@ -144,6 +195,8 @@ fn drop_unsigned_formats(schema: &mut Value) {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -155,6 +208,19 @@ mod tests {
             serde_json::to_string(&spec).unwrap(),
             r#"{"statefulSet":"db","to":"newest","method":"swap"}"#
         );
+    }
+
+    #[test]
+    fn the_goal_and_the_target_are_what_the_spec_says() {
+        let spec = |spec: Value| serde_json::from_value::<PostgresRestoreSpec>(spec).unwrap();
+        let goal = |value: Value| spec(value).goal();
+        assert_eq!(goal(json!({"statefulSet": "db", "to": "newest"})), Goal::Newest);
+        assert_eq!(goal(json!({"statefulSet": "db", "to": "db-1"})), Goal::Backup("db-1".to_owned()));
+        assert_eq!(goal(json!({"statefulSet": "db", "undo": "r1"})), Goal::Undo("r1".to_owned()));
+        let before = goal(json!({"statefulSet": "db", "before": "2026-11-22T03:00:00Z"}));
+        assert!(matches!(before, Goal::Before(_)));
+        assert_eq!(spec(json!({"statefulSet": "db", "to": "newest"})).target(), "db");
+        assert_eq!(spec(json!({"statefulSet": "db", "to": "newest", "into": "db-copy"})).target(), "db-copy");
     }
 
     #[test]

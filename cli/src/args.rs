@@ -43,7 +43,7 @@ pub enum Command {
     Catalog(CatalogCommand),
     /// Show which backups of a database its retention policy keeps, and why.
     Prune(PruneArgs),
-    /// Restore a database in place from a backup; `restore undo` takes that back.
+    /// Restore a database from a backup, in place or into a new one beside it; `restore undo` takes that back.
     Restore(RestoreArgs),
 }
 
@@ -168,6 +168,12 @@ pub struct RestoreArgs {
     /// The last backup before this instant, with its zone: 2026-11-22T03:00:00+09:00 or 2026-11-22T03:00[Asia/Tokyo].
     #[arg(long, value_name = "INSTANT")]
     pub before: Option<String>,
+    /// Restore into a new StatefulSet of this name, made like the original, which is not touched and may run on.
+    #[arg(long, value_name = "NEW-NAME")]
+    pub into: Option<String>,
+    /// With --into: print the StatefulSet, its claim and the PostgresRestore as YAML, and change nothing.
+    #[arg(long, requires = "into", conflicts_with = "wait")]
+    pub dry_run: bool,
     /// `swap` takes the same time whatever the size; `rollback` overwrites the image.
     #[arg(long, default_value = "swap")]
     pub method: MethodArg,
@@ -262,8 +268,16 @@ mod tests {
             parses(&["db", "--to", "newest"]) && parses(&["db", "--before", "2026-11-22T03:00Z", "--wait"])
         );
         assert!(parses(&["undo", "db-restore-1", "--wait", "-n", "shop"]) && parses(&["retry", "r"]));
-        for wrong in [&["db"][..], &[], &["--to", "newest"], &["undo"], &["db", "--to", "a", "--before", "b"]]
-        {
+        assert!(parses(&["db", "--to", "newest", "--into", "db-copy", "--dry-run"]));
+        for wrong in [
+            &["db"][..],
+            &[],
+            &["--to", "newest"],
+            &["undo"],
+            &["db", "--to", "a", "--before", "b"],
+            &["db", "--into", "db-copy"],
+            &["db", "--to", "newest", "--dry-run"],
+        ] {
             assert!(!parses(wrong), "{wrong:?}");
         }
     }

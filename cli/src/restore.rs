@@ -1,8 +1,10 @@
 //! `restore`: orders a restore, an undo of one, or another try, and follows it to its end.
 
+mod into;
+
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use howdah_adapters::kubernetes::call;
 use howdah_adapters::records::{PostgresRestore, PostgresRestoreSpec};
 use howdah_core::annotations;
@@ -29,9 +31,9 @@ pub async fn run(client: Client, arguments: RestoreArgs) -> anyhow::Result<Strin
     }
 }
 
-/// Orders a restore from a backup.
+/// Orders a restore from a backup, after making what it is to go into.
 async fn order(client: Client, arguments: RestoreArgs) -> anyhow::Result<String> {
-    let RestoreArgs { verb: _, name, to, before, method, wait, namespace } = arguments;
+    let RestoreArgs { verb: _, name, to, before, into, dry_run, method, wait, namespace } = arguments;
     let name = name.context("name the StatefulSet to restore")?;
     let namespace = namespace.unwrap_or_else(|| client.default_namespace().to_owned());
     let sets = Api::<StatefulSet>::namespaced(client.clone(), &namespace);
@@ -39,15 +41,39 @@ async fn order(client: Client, arguments: RestoreArgs) -> anyhow::Result<String>
     let zone = annotations::parse(set.annotations()).unwrap_or_default().time_zone;
     let zone = zone.iana_name().unwrap_or("UTC").to_owned();
     let before = before.map(|text| instant(&text, &zone)).transpose()?;
-    let spec = PostgresRestoreSpec {
-        stateful_set: name.clone(),
+    let mut spec = PostgresRestoreSpec {
+        stateful_set: name,
         stateful_set_uid: set.uid(),
+        into,
         to,
         before,
         undo: None,
         method: method.into(),
     };
-    create(client, &namespace, &names::restore_name(&name, "restore", Timestamp::now()), spec, wait).await
+    if spec.into.is_some() {
+        let name = &spec.stateful_set;
+        ensure!(
+            spec.target() != name,
+            "give --into another name than {name}; to restore in place, leave it out"
+        );
+        let copy = into::plan(&client, &namespace, &spec).await?;
+        // Known when the StatefulSet is made.
+        spec.stateful_set_uid = None;
+        if dry_run {
+            return manifests(&namespace, copy, spec);
+        }
+        spec.stateful_set_uid = into::create(&client, &namespace, copy).await?;
+    }
+    create(client, &namespace, spec, "restore", wait).await
+}
+
+/// What `--into` would create, as YAML that kubectl applies.
+fn manifests(namespace: &str, copy: into::Copy, spec: PostgresRestoreSpec) -> anyhow::Result<String> {
+    let record = PostgresRestore { status: None, ..record(namespace, spec, "restore") };
+    let record = serde_json::to_value(record).context("write the PostgresRestore")?;
+    let documents =
+        [copy.set, copy.claim, record].iter().map(serde_yaml_ng::to_string).collect::<Result<Vec<_>, _>>();
+    Ok(documents.context("write what would be created as YAML")?.join("---\n"))
 }
 
 /// Undoes a restore: one that is over by another restore, of its safety copy; one that is not by turning it round.
@@ -60,8 +86,7 @@ async fn undo(client: Client, reference: RestoreReference) -> anyhow::Result<Str
     match phase {
         Phase::Completed => {
             let spec = PostgresRestoreSpec { undo: Some(name), to: None, before: None, ..found.spec.clone() };
-            let record = names::restore_name(&found.spec.stateful_set, "undo", Timestamp::now());
-            create(client, &namespace, &record, spec, wait).await
+            create(client, &namespace, spec, "undo", wait).await
         }
         Phase::Failed => bail!("undo the restore {name}: it failed, and everything is as it was before it"),
         _ => ask(&restores, &name, names::RESUME_UNDO, wait).await,
@@ -81,22 +106,31 @@ async fn retry(client: Client, reference: RestoreReference) -> anyhow::Result<St
     ask(&restores, &name, names::RESUME_RETRY, wait).await
 }
 
+/// The record of a restore that is ordered now; `verb` is a part of its name.
+fn record(namespace: &str, spec: PostgresRestoreSpec, verb: &str) -> PostgresRestore {
+    let name = names::restore_name(spec.target(), verb, Timestamp::now());
+    let labels = [(names::DATABASE_LABEL.to_owned(), spec.target().to_owned())];
+    let mut record = PostgresRestore::new(&name, spec);
+    let namespace = Some(namespace.to_owned());
+    record.metadata = ObjectMeta { namespace, labels: Some(labels.into()), ..record.metadata };
+    record
+}
+
 async fn create(
     client: Client,
     namespace: &str,
-    name: &str,
     spec: PostgresRestoreSpec,
+    verb: &str,
     wait: bool,
 ) -> anyhow::Result<String> {
     let restores = Api::<PostgresRestore>::namespaced(client, namespace);
-    let labels = [(names::DATABASE_LABEL.to_owned(), spec.stateful_set.clone())];
-    let mut record = PostgresRestore::new(name, spec);
-    record.metadata = ObjectMeta { labels: Some(labels.into()), ..record.metadata };
+    let record = record(namespace, spec, verb);
+    let name = record.name_any();
     call(format!("create the restore {namespace}/{name}"), restores.create(&PostParams::default(), &record))
         .await?;
     println!("postgresrestore {namespace}/{name} created");
     if wait {
-        return follow(&restores, name).await;
+        return follow(&restores, &name).await;
     }
     Ok(format!("It is carried out by the scheduler: kubectl get pgr {name} -n {namespace} -w\n"))
 }

@@ -662,18 +662,9 @@ impl Run<'_> {
     }
 
     fn condition(&mut self, kind: &str, status: &str, reason: &str, message: &str) {
-        let found = self.status.conditions.iter().position(|condition| condition.kind == kind);
-        let since = found
-            .map(|i| self.status.conditions.remove(i))
-            .filter(|old| old.status == status)
-            .map_or(self.now, |old| old.last_transition_time);
-        self.status.conditions.push(Condition {
-            kind: kind.to_owned(),
-            status: status.to_owned(),
-            reason: reason.to_owned(),
-            message: message.to_owned(),
-            last_transition_time: since,
-        });
+        let [kind, status, reason, message] = [kind, status, reason, message].map(str::to_owned);
+        let condition = Condition { kind, status, reason, message, last_transition_time: self.now };
+        condition.put(&mut self.status.conditions);
     }
 }
 

@@ -53,6 +53,7 @@ pub use answer::{WARNING_CHARS_MAX, WARNINGS_MAX};
 pub use claims::{Claim, Needed, StorageClass, Volume, is_by_hand, needed};
 pub use floor::Floor;
 pub use holding::HoldingBackup;
+pub use layout::data_volume;
 pub use reference::reference;
 pub use users::User;
 

@@ -21,6 +21,8 @@
 //! covers PostgreSQL refuses to start.
 
 mod choose;
+pub mod copy;
+mod into;
 mod record;
 
 use jiff::{SignedDuration, Timestamp};
@@ -30,6 +32,7 @@ use crate::backup::{Condition, FailureKind, ImageRecord, Problem, SnapshotRecord
 use crate::names;
 
 pub use choose::{Candidate, choose, taken_at};
+pub use into::{Newcomer, fits};
 pub use record::{
     Failure, Goal, JournalRecord, Method, Order, Phase, Proof, RestoreStatus, Source, StepRecord,
     VolumeRecord,
@@ -78,6 +81,8 @@ pub struct Facts {
     pub size: u64,
     /// `spec.replicas`.
     pub replicas: i32,
+    /// What they are to be in the end; `None` for the same.
+    pub replicas_after: Option<i32>,
     /// The grace period of the pod.
     pub grace: SignedDuration,
     /// Undo of a swap: the image that takes the place exists already.
@@ -351,7 +356,7 @@ impl Run<'_> {
     }
 
     fn accept(&mut self, facts: Facts) -> Vec<Effect> {
-        let Facts { source, method, volume, image, size, replicas, grace, incoming } = facts;
+        let Facts { source, method, volume, image, size, replicas, replicas_after, grace, incoming } = facts;
         let status = &mut self.status;
         status.source = Some(source);
         status.method = Some(method);
@@ -359,6 +364,7 @@ impl Run<'_> {
         status.image = Some(image);
         status.size = Some(size);
         status.replicas = Some(replicas);
+        status.replicas_after = replicas_after;
         status.grace_seconds = u32::try_from(grace.as_secs()).unwrap_or(0);
         status.incoming = incoming;
         status.failure = None;
@@ -403,11 +409,14 @@ impl Run<'_> {
         ))
     }
 
-    /// Scales the database back to what it was, if it was up.
+    /// Scales the database to what it is to be, if that is up.
     fn start(&mut self) -> Vec<Effect> {
         if self.replicas() == 0 {
             if !self.status.going_back {
-                let message = "the database was stopped before the restore, and stays so";
+                let message = match self.status.replicas_after {
+                    None => "the database was stopped before the restore, and stays so",
+                    Some(_) => "the database is stopped, as it was before the restore that is undone",
+                };
                 self.condition(CONDITION_ANSWERS, "Unknown", "Stopped", message);
             }
             return self.enter(Phase::Opening);
@@ -581,22 +590,15 @@ impl Run<'_> {
     }
 
     fn condition(&mut self, kind: &str, status: &str, reason: &str, message: &str) {
-        let found = self.status.conditions.iter().position(|condition| condition.kind == kind);
-        let since = found
-            .map(|i| self.status.conditions.remove(i))
-            .filter(|old| old.status == status)
-            .map_or(self.now, |old| old.last_transition_time);
-        self.status.conditions.push(Condition {
-            kind: kind.to_owned(),
-            status: status.to_owned(),
-            reason: reason.to_owned(),
-            message: message.to_owned(),
-            last_transition_time: since,
-        });
+        let [kind, status, reason, message] = [kind, status, reason, message].map(str::to_owned);
+        let condition = Condition { kind, status, reason, message, last_transition_time: self.now };
+        condition.put(&mut self.status.conditions);
     }
 
+    /// What the way that is gone ends with.
     fn replicas(&self) -> i32 {
-        self.status.replicas.unwrap_or(0)
+        let after = self.status.replicas_after.filter(|_| !self.status.going_back);
+        after.or(self.status.replicas).unwrap_or(0)
     }
 
     fn waited(&self) -> SignedDuration {

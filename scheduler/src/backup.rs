@@ -1,12 +1,12 @@
 //! A backup as the driver in [`crate::run`] sees it: what is ordered, and how `core::backup` and [`Effects`] fit in.
 
 use anyhow::Context as _;
+use howdah_adapters::leader::Mandate;
 use howdah_adapters::records::PostgresBackup;
 use howdah_core::annotations::{self, Settings, WantedConsistency};
 use howdah_core::backup::{self, BackupStatus, Effect, Event, Order, Trigger};
 use jiff::Timestamp;
 use kube::ResourceExt as _;
-use tokio_util::sync::CancellationToken;
 
 use crate::context::Context;
 use crate::effects::Effects;
@@ -16,12 +16,12 @@ use crate::run::{self, Operation};
 ///
 /// # Errors
 /// If the record cannot be read or written any more; the next run resumes from it.
-pub async fn run(cx: &Context, namespace: &str, name: &str, stop: &CancellationToken) -> anyhow::Result<()> {
+pub async fn run(cx: &Context, namespace: &str, name: &str, mandate: &Mandate) -> anyhow::Result<()> {
     let _permit = tokio::select! {
-        () = stop.cancelled() => return Ok(()),
+        () = mandate.ended() => return Ok(()),
         permit = cx.permits.acquire() => permit.context("wait for a free place")?,
     };
-    run::run(cx, namespace, name, stop, |record| {
+    run::run(cx, namespace, name, mandate, |record| {
         let settings = settings_of(cx, namespace, record);
         let order = order_of(record, settings.as_ref().ok());
         Effects::new(cx, record, order, settings)

@@ -95,7 +95,7 @@ async fn lead_terms(
     while !shutdown.is_cancelled() {
         let Some(leadership) = election.acquire(shutdown).await else { break };
         cx.metrics.leading.set(1);
-        let ended = tick::lead(cx, leadership.lost(), shutdown).await;
+        let ended = tick::lead(cx, leadership.mandate(), shutdown).await;
         cx.metrics.leading.set(0);
         leadership.resign().await;
         ended.context("lead")?;

@@ -6,23 +6,26 @@
 //! A restore may have set the image aside that earlier backups lie in: all images of the lineage are judged as one, and
 //! an image that was set aside goes to the trash once its time is over and nothing depends on it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use howdah_adapters::ceph::{Ceph, CephError, Snapshot};
 use howdah_adapters::kubernetes::{KubernetesError, call};
-use howdah_adapters::records::PostgresBackup;
+use howdah_adapters::records::{PostgresBackup, PostgresRestore};
 use howdah_core::annotations::Settings;
 use howdah_core::backup::{BackupStatus, ImageRecord, Phase};
 use howdah_core::catalogue::{Drill, Entry};
 use howdah_core::lineage::{self, Predecessor};
 use howdah_core::names;
+use howdah_core::restore;
 use howdah_core::retention::{self, Item, ItemState, KeepReason, Verdict};
 use jiff::Timestamp;
 use kube::api::{DeleteParams, ListParams, Preconditions};
 use kube::{Api, Client, ResourceExt as _};
 use thiserror::Error;
 use tracing::{debug, info, warn};
+
+use crate::run::Record;
 
 /// Pause between two deletions: each one makes every OSD trim objects in the background.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -102,11 +105,12 @@ impl Pruning<'_> {
             return Err(PruneError::OtherImage { image, found: info.id, wanted: self.image.id.clone() });
         }
         let records = self.records().await?;
+        let wanted = self.wanted_by_restores().await?;
         let all = self.lineage().await?;
         for held in &all {
             self.copy_holds(held, &records).await?;
         }
-        let items: Vec<Item> = all.iter().flat_map(|held| self.items(held, &records)).collect();
+        let items: Vec<Item> = all.iter().flat_map(|held| self.items(held, &records, &wanted)).collect();
         let plan = retention::plan(now, &self.settings.time_zone, self.settings.retention.as_ref(), &items);
         let mut pruned = Pruned {
             kept: plan.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Keep(_))).count(),
@@ -131,6 +135,7 @@ impl Pruning<'_> {
                 tokio::time::sleep(PAUSE).await;
             }
         }
+        self.tidy_catalogue(&all).await?;
         self.tidy_records(&records, &all, &pruned).await;
         self.retire(&all, now).await?;
         Ok(pruned)
@@ -199,14 +204,37 @@ impl Pruning<'_> {
 
     /// The records of this database, from the API server itself: a cache could hide a hold.
     async fn records(&self) -> Result<Vec<PostgresBackup>, KubernetesError> {
-        let api = Api::<PostgresBackup>::namespaced(self.client.clone(), self.namespace);
-        let attempt = format!("list the backups of {}/{}", self.namespace, self.database);
+        let of_this = |record: &PostgresBackup| record.spec.stateful_set == self.database;
+        self.list("backups", of_this).await
+    }
+
+    /// The snapshots that restores which are not over are made from, by the ids of image and snapshot. One into another
+    /// StatefulSet runs beside the backups of this one.
+    async fn wanted_by_restores(&self) -> Result<BTreeSet<(String, u64)>, KubernetesError> {
+        let of_this = |record: &PostgresRestore| record.spec.stateful_set == self.database;
+        let restores = self.list("restores", of_this).await?;
+        let open = restores
+            .into_iter()
+            .filter_map(|restore| restore.status)
+            .filter(|status| !matches!(status.phase, restore::Phase::Completed | restore::Phase::Failed));
+        let source = open.filter_map(|status| status.source);
+        Ok(source.filter_map(|source| Some((source.image.id, source.snapshot?.id))).collect())
+    }
+
+    /// The records of the namespace that are `wanted`, from the API server itself.
+    async fn list<K: Record>(
+        &self,
+        what: &str,
+        wanted: impl Fn(&K) -> bool,
+    ) -> Result<Vec<K>, KubernetesError> {
+        let api = Api::<K>::namespaced(self.client.clone(), self.namespace);
+        let attempt = format!("list the {what} of {}/{}", self.namespace, self.database);
         let mut parameters = ListParams::default().limit(RECORDS_PAGE);
         let mut records = Vec::new();
         for _ in 0..RECORD_PAGES_MAX {
             let page = call(attempt.as_str(), api.list(&parameters)).await?;
             let more = page.metadata.continue_.clone().filter(|token| !token.is_empty());
-            records.extend(page.items.into_iter().filter(|record| record.spec.stateful_set == self.database));
+            records.extend(page.items.into_iter().filter(|record| wanted(record)));
             match more {
                 Some(token) => parameters = parameters.continue_token(&token),
                 None => return Ok(records),
@@ -216,7 +244,7 @@ impl Pruning<'_> {
         Err(KubernetesError::Incomplete {
             attempt,
             problem: format!(
-                "the namespace has more than {} backups",
+                "the namespace has more than {} {what}",
                 RECORDS_PAGE as usize * RECORD_PAGES_MAX
             ),
         })
@@ -244,7 +272,7 @@ impl Pruning<'_> {
     }
 
     /// What is known of each snapshot of an image. Its clones are asked for only before a deletion.
-    fn items(&self, held: &Held, records: &[PostgresBackup]) -> Vec<Item> {
+    fn items(&self, held: &Held, records: &[PostgresBackup], wanted: &BTreeSet<(String, u64)>) -> Vec<Item> {
         let Held { image, snapshots, metadata } = held;
         let item = |snapshot: &Snapshot| {
             let name = &snapshot.name;
@@ -290,7 +318,7 @@ impl Pruning<'_> {
                 state,
                 held,
                 has_clones: snapshot.protected,
-                in_use: in_use && !just_taken,
+                in_use: (in_use && !just_taken) || wanted.contains(&(image.id.clone(), snapshot.id)),
             }
         };
         snapshots.iter().map(item).collect()
@@ -346,6 +374,31 @@ impl Pruning<'_> {
             Ok(_) | Err(KubernetesError::NotFound { .. }) => Ok(()),
             Err(error) => Err(error),
         }
+    }
+
+    /// Removes entries of the catalogue that stand for nothing: a deletion that was cut off after the snapshot leaves one.
+    /// What cannot be read stays, and so does the copy of another image's entry.
+    async fn tidy_catalogue(&self, all: &[Held]) -> Result<(), PruneError> {
+        for Held { image, snapshots, metadata } in all {
+            let gone = |snapshots: &[Snapshot], id: u64| !snapshots.iter().any(|s| s.by_user && s.id == id);
+            let entries = metadata.iter().filter(|(key, _)| key.starts_with(names::IMAGE_META_PREFIX));
+            let entries = entries.filter_map(|(key, value)| Some((key, Entry::from_value(value).ok()?)));
+            let orphans: Vec<(&String, u64)> = entries
+                .filter(|(_, entry)| entry.image_id == image.id && gone(snapshots, entry.snapshot_id))
+                .map(|(key, entry)| (key, entry.snapshot_id))
+                .take(retention::DELETIONS_PER_RUN_MAX)
+                .collect();
+            if orphans.is_empty() {
+                continue;
+            }
+            // Listed anew, after the metadata: an entry is written when its snapshot is there.
+            let (spec, now) = (image.spec(), self.ceph.snapshots(&image.spec()).await?);
+            for (key, _) in orphans.into_iter().filter(|(_, id)| gone(&now, *id)) {
+                self.ceph.remove_metadata(&spec, key).await?;
+                info!(image = spec, key, "catalogue entry removed: its snapshot is gone");
+            }
+        }
+        Ok(())
     }
 
     /// Deletes records that stand for nothing: of snapshots that are gone from their image, and old failures.

@@ -8,22 +8,20 @@ use std::time::Duration;
 
 use howdah_adapters::ceph::{Ceph, ROLLBACK_LIMIT};
 use howdah_adapters::kubernetes::call;
+use howdah_adapters::leader::Mandate;
 use howdah_adapters::records::PostgresRestore;
 use howdah_core::backup::{FailureKind, Problem};
 use howdah_core::names;
-use howdah_core::restore::{self, Effect, Event, Goal, Order, Phase, Request, RestoreStatus};
+use howdah_core::restore::{self, Effect, Event, Order, Phase, Request, RestoreStatus};
 use jiff::Timestamp;
 use kube::runtime::events::{Event as ClusterEvent, EventType};
 use kube::{Api, ResourceExt as _};
-use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::context::Context;
 use crate::effects::connect_ceph;
 use crate::run::{self, Operation};
 
-/// What a record says in `spec.to` for the newest good backup.
-const NEWEST: &str = "newest";
 /// The token of the request that deleting an open record is.
 const DELETED: &str = "deleted";
 
@@ -50,8 +48,8 @@ fn limit_of(effect: &Effect) -> Duration {
 ///
 /// # Errors
 /// If the record cannot be read or written any more; the next run resumes from it.
-pub async fn run(cx: &Context, namespace: &str, name: &str, stop: &CancellationToken) -> anyhow::Result<()> {
-    run::run(cx, namespace, name, stop, |record| Restore::new(cx, record)).await
+pub async fn run(cx: &Context, namespace: &str, name: &str, mandate: &Mandate) -> anyhow::Result<()> {
+    run::run(cx, namespace, name, mandate, |record| Restore::new(cx, record)).await
 }
 
 /// Whether there is something to do for the record: it is not over, or something is asked of it.
@@ -80,20 +78,12 @@ fn request(record: &PostgresRestore, status: &RestoreStatus) -> Option<Request> 
 
 /// What is to be done: from the record alone, so that it is the same after a restart.
 fn order_of(record: &PostgresRestore) -> Order {
-    let spec = &record.spec;
-    let goal = match (&spec.undo, spec.before, spec.to.as_deref()) {
-        (Some(restore), _, _) => Goal::Undo(restore.clone()),
-        (None, Some(instant), _) => Goal::Before(instant),
-        (None, None, Some(NEWEST)) => Goal::Newest,
-        // The definition demands one of the three; a name that is empty is refused by the preflight.
-        (None, None, name) => Goal::Backup(name.unwrap_or_default().to_owned()),
-    };
     Order {
         name: record.name_any(),
         uid: record.uid().unwrap_or_default(),
         created: record.metadata.creation_timestamp.as_ref().map_or(Timestamp::UNIX_EPOCH, |time| time.0),
-        goal,
-        method: spec.method,
+        goal: record.spec.goal(),
+        method: record.spec.method,
     }
 }
 
@@ -193,7 +183,7 @@ impl<'a> Restore<'a> {
             action: "Restore".to_owned(),
             secondary: None,
         };
-        let database = self.cx.caches.database(&self.namespace(), &self.record.spec.stateful_set);
+        let database = self.cx.caches.database(&self.namespace(), self.record.spec.target());
         let published = match database.as_deref() {
             Some(database) => self.cx.kubernetes.publish(event, database).await,
             None => self.cx.kubernetes.publish(event, &self.record).await,
@@ -326,19 +316,5 @@ mod tests {
         let event = first_event(&record(deleted.clone(), json!({"phase": "Starting", "resumed": "deleted"})));
         assert_eq!(event, Some(Event::Resumed));
         assert!(!is_open(&record(deleted, json!({"phase": "Stuck", "resumed": "deleted"}))));
-    }
-
-    #[test]
-    fn the_goal_is_what_the_spec_says() {
-        let goal = |spec: Value| {
-            let mut record = record(json!({"name": "r"}), json!(null));
-            record.spec = serde_json::from_value(spec).unwrap();
-            order_of(&record).goal
-        };
-        assert_eq!(goal(json!({"statefulSet": "db", "to": "newest"})), Goal::Newest);
-        assert_eq!(goal(json!({"statefulSet": "db", "to": "db-1"})), Goal::Backup("db-1".to_owned()));
-        assert_eq!(goal(json!({"statefulSet": "db", "undo": "r1"})), Goal::Undo("r1".to_owned()));
-        let before = goal(json!({"statefulSet": "db", "before": "2026-11-22T03:00:00Z"}));
-        assert!(matches!(before, Goal::Before(_)));
     }
 }

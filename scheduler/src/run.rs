@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use howdah_adapters::kubernetes::{KubernetesError, call};
+use howdah_adapters::leader::Mandate;
 use jiff::Timestamp;
 use kube::api::PostParams;
 use kube::core::NamespaceResourceScope;
@@ -15,7 +16,6 @@ use kube::core::object::HasStatus;
 use kube::{Api, Resource, ResourceExt as _};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::context::Context;
@@ -88,7 +88,7 @@ pub trait Operation: Send {
     ) -> impl Future<Output = Option<Self::Event>> + Send;
 }
 
-/// Runs the operation recorded in `namespace/name` from wherever it stands until its end, or until `stop`. `begin`
+/// Runs the operation recorded in `namespace/name` from wherever it stands until its end, or while `mandate` holds. `begin`
 /// makes its hands.
 ///
 /// # Errors
@@ -97,7 +97,7 @@ pub async fn run<O: Operation>(
     cx: &Context,
     namespace: &str,
     name: &str,
-    stop: &CancellationToken,
+    mandate: &Mandate,
     begin: impl FnOnce(&O::Record) -> O,
 ) -> anyhow::Result<()> {
     // The cache may lag behind what a former leader wrote.
@@ -115,17 +115,25 @@ pub async fn run<O: Operation>(
         );
         let (status, todo) =
             operation.next(&journal.status(), event, Timestamp::now()).context("decide what to do next")?;
+        // Whoever leads now writes the record; a write of ours would only collide with it.
+        if !mandate.holds() {
+            return Ok(());
+        }
         tokio::select! {
-            // Whoever leads now writes the record; a write of ours would only collide with it.
-            () = stop.cancelled() => return Ok(()),
+            biased;
+            () = mandate.ended() => return Ok(()),
             written = journal.write(status) => written?,
         }
         let current = journal.status();
         let mut answer = None;
         for effect in &todo {
+            if !mandate.holds() {
+                return Ok(());
+            }
             tokio::select! {
+                biased;
                 // Dropping the hands closes what they hold; a session in backup mode ends with that.
-                () = stop.cancelled() => return Ok(()),
+                () = mandate.ended() => return Ok(()),
                 event = operation.perform(effect, &current) => answer = event,
             }
         }

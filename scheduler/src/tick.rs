@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use howdah_adapters::kubernetes::{KubernetesError, call};
+use howdah_adapters::leader::Mandate;
 use howdah_adapters::records::{PostgresBackup, PostgresBackupSpec, PostgresRestore};
 use howdah_core::annotations::{self, Settings};
 use howdah_core::backup::Trigger;
@@ -63,23 +64,19 @@ impl Alarm {
     }
 }
 
-/// Runs one term of leadership: ticks until `term` is cancelled, then lets the running backups end.
+/// Runs one term of leadership: ticks until it ends, then lets the running backups end.
 ///
-/// `term` is cancelled when leadership is lost (then nothing may go on) and at shutdown (then what runs may end).
+/// `mandate` ends when leadership is lost (then nothing may go on); at the shutdown what runs may end.
 ///
 /// # Errors
 /// If the alarm clock cannot be wound.
-pub async fn lead(
-    cx: &Arc<Context>,
-    lost: &CancellationToken,
-    shutdown: &CancellationToken,
-) -> anyhow::Result<()> {
+pub async fn lead(cx: &Arc<Context>, mandate: &Mandate, shutdown: &CancellationToken) -> anyhow::Result<()> {
     let wake = Duration::from_secs(u64::from(cx.args.wake_seconds));
-    let mut term = Term::new(cx.clone(), lost.clone());
+    let mut term = Term::new(cx.clone(), mandate.clone());
     let mut alarm = Alarm::wind(cx.args.wake_seconds).await?;
     loop {
         tokio::select! {
-            () = lost.cancelled() => break,
+            () = mandate.ended() => break,
             () = shutdown.cancelled() => break,
             () = alarm.rings.notified() => {}
             () = tokio::time::sleep(wake * SILENT_WAKES_MAX) => {
@@ -99,7 +96,7 @@ pub async fn lead(
 /// What this replica remembers while it leads.
 struct Term {
     cx: Arc<Context>,
-    lost: CancellationToken,
+    mandate: Mandate,
     runs: JoinSet<()>,
     /// The databases of the running tasks.
     running: HashMap<Id, DatabaseKey>,
@@ -148,11 +145,11 @@ impl Quiet {
 }
 
 impl Term {
-    fn new(cx: Arc<Context>, lost: CancellationToken) -> Self {
+    fn new(cx: Arc<Context>, mandate: Mandate) -> Self {
         Self {
             cx,
-            stop_drills: lost.child_token(),
-            lost,
+            stop_drills: CancellationToken::new(),
+            mandate,
             runs: JoinSet::new(),
             running: HashMap::new(),
             busy: HashSet::new(),
@@ -375,9 +372,13 @@ impl Term {
             databases.iter().find_map(|database| self.due_drill(database, now))
         });
         let Some((namespace, name)) = found else { return };
-        let (cx, stop) = (self.cx.clone(), self.stop_drills.clone());
+        let (cx, mandate, stop) = (self.cx.clone(), self.mandate.clone(), self.stop_drills.clone());
         let task = self.runs.spawn(async move {
-            if let Err(error) = verify::run(&cx, &namespace, &name, &stop).await {
+            let ended = tokio::select! {
+                () = stop.cancelled() => return,
+                ended = verify::run(&cx, &namespace, &name, &mandate) => ended,
+            };
+            if let Err(error) = ended {
                 warn!(
                     namespace,
                     name,
@@ -429,13 +430,13 @@ impl Term {
     }
 
     fn spawn(&mut self, work: Work) {
-        let (cx, lost) = (self.cx.clone(), self.lost.clone());
+        let (cx, mandate) = (self.cx.clone(), self.mandate.clone());
         let Work { key, name, kind, .. } = work;
         let namespace = key.0.clone();
         let task = self.runs.spawn(async move {
             let ended = match kind {
-                Kind::Backup => backup::run(&cx, &namespace, &name, &lost).await,
-                Kind::Restore => restore::run(&cx, &namespace, &name, &lost).await,
+                Kind::Backup => backup::run(&cx, &namespace, &name, &mandate).await,
+                Kind::Restore => restore::run(&cx, &namespace, &name, &mandate).await,
             };
             if let Err(error) = ended {
                 warn!(
@@ -518,7 +519,7 @@ impl From<Open> for Work {
 impl Work {
     fn restore(restore: &PostgresRestore) -> Self {
         Self {
-            key: (restore.namespace().unwrap_or_default(), restore.spec.stateful_set.clone()),
+            key: (restore.namespace().unwrap_or_default(), restore.spec.target().to_owned()),
             begun: restore.status.is_some(),
             since: created_at(restore),
             name: restore.name_any(),

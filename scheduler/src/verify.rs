@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use howdah_adapters::ceph::Ceph;
 use howdah_adapters::kubernetes::{KubernetesError, call};
+use howdah_adapters::leader::Mandate;
 use howdah_adapters::records::PostgresBackup;
 use howdah_core::annotations::VerifyQuery;
 use howdah_core::backup::{
@@ -21,7 +22,6 @@ use kube::runtime::events::{Event as ClusterEvent, EventType};
 use kube::{Api, Resource, ResourceExt as _};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use self::parts::{Original, Parts, name_of};
@@ -44,8 +44,8 @@ const GONE_PAUSE: Duration = Duration::from_millis(1500);
 ///
 /// # Errors
 /// If the record cannot be read or written any more; the next run resumes from it.
-pub async fn run(cx: &Context, namespace: &str, name: &str, stop: &CancellationToken) -> anyhow::Result<()> {
-    run::run(cx, namespace, name, stop, |record: &PostgresBackup| Drill {
+pub async fn run(cx: &Context, namespace: &str, name: &str, mandate: &Mandate) -> anyhow::Result<()> {
+    run::run(cx, namespace, name, mandate, |record: &PostgresBackup| Drill {
         cx,
         record: record.clone(),
         ceph: None,

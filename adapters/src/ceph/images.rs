@@ -46,7 +46,31 @@ impl Parent {
     }
 }
 
+#[derive(Deserialize)]
+struct UsageAnswer {
+    images: Vec<UsedAnswer>,
+}
+
+#[derive(Deserialize)]
+struct UsedAnswer {
+    used_size: u64,
+}
+
 impl Ceph {
+    /// How many bytes the image and its snapshots use, in whole objects: 0 for one that nobody has written to, not even a
+    /// file system.
+    ///
+    /// # Errors
+    /// See [`CephError`].
+    pub async fn used_bytes(&self, image: &str) -> Result<u64, CephError> {
+        let attempt = format!("see how much of {image} is used");
+        let answer: UsageAnswer = self.read(&["disk-usage", spec(image)?], &attempt).await?;
+        match answer.images.as_slice() {
+            [] => Err(CephError::NotFound { attempt }),
+            images => Ok(images.iter().map(|image| image.used_size).sum()),
+        }
+    }
+
     /// The image with the id of `image`, whatever it is called now.
     ///
     /// # Errors
@@ -148,6 +172,16 @@ impl Ceph {
     pub async fn set_metadata_at_rest(&self, image: &str, key: &str, value: &str) -> Result<(), CephError> {
         let attempt = format!("set the metadata {key} of {image}");
         let arguments = [BREAK_OWN_LOCK, "image-meta", "set", spec(image)?, part(key)?, value];
+        self.run("rbd", &arguments, WRITE_LIMIT, &attempt).await.map(drop)
+    }
+
+    /// Removes a key that is there from the metadata of an image that nobody uses.
+    ///
+    /// # Errors
+    /// See [`CephError`].
+    pub async fn remove_metadata_at_rest(&self, image: &str, key: &str) -> Result<(), CephError> {
+        let attempt = format!("remove the metadata {key} of {image}");
+        let arguments = [BREAK_OWN_LOCK, "image-meta", "rm", spec(image)?, part(key)?];
         self.run("rbd", &arguments, WRITE_LIMIT, &attempt).await.map(drop)
     }
 

@@ -271,6 +271,19 @@ pub struct Condition {
     pub last_transition_time: Timestamp,
 }
 
+impl Condition {
+    /// Puts it among others in the place of the one of its kind; the time stays that one's while the status does.
+    pub(crate) fn put(mut self, conditions: &mut Vec<Self>) {
+        if let Some(found) = conditions.iter().position(|condition| condition.kind == self.kind) {
+            let old = conditions.remove(found);
+            if old.status == self.status {
+                self.last_transition_time = old.last_transition_time;
+            }
+        }
+        conditions.push(self);
+    }
+}
+
 /// Whether trying again can help.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum FailureKind {

@@ -94,6 +94,15 @@ pub(super) fn places(object: &Value) -> Vec<Place<'_>> {
     places
 }
 
+/// The volume that the database lies on; `None` when no claim is known to hold it.
+#[must_use]
+pub fn data_volume(object: &Value) -> Option<&str> {
+    places(object).into_iter().filter(|place| !place.init).find_map(|place| match place.ground {
+        Ground::Claim(volume) => Some(volume),
+        Ground::Volume(..) | Ground::Container => None,
+    })
+}
+
 /// What each volume of the pod is, by name. A claim template replaces a volume of its name.
 fn grounds<'a>(object: &'a Value, pod: &'a Value) -> BTreeMap<&'a str, Ground<'a>> {
     let mut grounds = BTreeMap::new();

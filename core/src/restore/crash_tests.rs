@@ -74,6 +74,8 @@ struct World {
     gate: Option<String>,
     replicas: i32,
     replicas_before: i32,
+    /// What the preflight says they are to be; `None` for the same.
+    replicas_after: Option<i32>,
     now: Timestamp,
     /// Looks at the proofs until they hold.
     unproven: u32,
@@ -97,6 +99,7 @@ impl World {
             gate: None,
             replicas: 1,
             replicas_before: 1,
+            replicas_after: None,
             now: created(),
             unproven: 0,
             silent: 0,
@@ -112,6 +115,32 @@ impl World {
 
     fn stopped(order: &Order) -> Self {
         Self { replicas: 0, replicas_before: 0, ..Self::new(order) }
+    }
+
+    /// A StatefulSet beside the original: it stands stopped and is started, or, on an undo, runs and is stopped.
+    fn beside(order: &Order) -> Self {
+        match order.goal {
+            Goal::Undo(_) => Self { replicas_after: Some(0), ..Self::new(order) },
+            _ => Self { replicas_after: Some(1), ..Self::stopped(order) },
+        }
+    }
+
+    /// All ways in which a database may stand that `order` is for.
+    fn all(order: &Order) -> Vec<Self> {
+        let mut worlds = vec![Self::new(order), Self::stopped(order)];
+        // Only a swap leads into another StatefulSet.
+        if order.method == Method::Swap {
+            worlds.push(Self::beside(order));
+        }
+        worlds
+    }
+
+    /// What the replicas are in the end.
+    fn replicas_in(&self, phase: Phase) -> i32 {
+        match phase {
+            Phase::Completed => self.replicas_after.unwrap_or(self.replicas_before),
+            _ => self.replicas_before,
+        }
     }
 
     fn name_of(&self, id: &str) -> Option<String> {
@@ -177,6 +206,7 @@ impl World {
                 image: image(LIVE, OLD_ID),
                 size: 1 << 30,
                 replicas: self.replicas,
+                replicas_after: self.replicas_after,
                 grace: SignedDuration::from_secs(300),
                 incoming: self.undo.then(|| image("csi-vol-1.howdah-earlier", "safe")),
             })),
@@ -356,7 +386,7 @@ fn check(order: &Order, status: &RestoreStatus, world: &World) {
         return;
     }
     assert_eq!(world.gate, None, "{:?} with the gate closed", status.phase);
-    assert_eq!(world.replicas, world.replicas_before);
+    assert_eq!(world.replicas, world.replicas_in(status.phase));
     let live = &world.images[LIVE];
     assert_eq!(world.journal, *live, "ceph-csi would delete another image than the one in place");
     match status.phase {
@@ -418,7 +448,7 @@ fn a_swap_and_a_rollback_go_through_their_phases() {
 #[test]
 fn a_death_at_any_point_ends_the_same() {
     for order in orders() {
-        for world in [World::new(&order), World::stopped(&order)] {
+        for world in World::all(&order) {
             let (_, effects) = run(&order, &mut world.clone(), &[]);
             for at in 0..effects {
                 for blow in [Blow::Before(at), Blow::Within(at), Blow::After(at)] {
@@ -435,27 +465,31 @@ fn a_death_at_any_point_ends_the_same() {
 #[test]
 fn a_failure_at_any_point_is_tried_again() {
     for order in orders() {
-        let (_, effects) = run(&order, &mut World::new(&order), &[]);
-        for failing in 0..effects - 1 {
-            let mut world = World::new(&order);
-            world.script = (0..=failing).map(|i| i == failing).collect();
-            let (status, _) = run(&order, &mut world, &[]);
-            check(&order, &status, &world);
-            assert_eq!(status.phase, Phase::Completed, "{order:?} {failing}");
+        for world in World::all(&order) {
+            let (_, effects) = run(&order, &mut world.clone(), &[]);
+            for failing in 0..effects - 1 {
+                let mut world = world.clone();
+                world.script = (0..=failing).map(|i| i == failing).collect();
+                let (status, _) = run(&order, &mut world, &[]);
+                check(&order, &status, &world);
+                assert_eq!(status.phase, Phase::Completed, "{order:?} {failing}");
+            }
         }
     }
 }
 
 #[test]
 fn what_fails_for_good_is_put_back_or_stuck_and_can_be_retried_and_undone() {
-    for order in orders() {
-        let (_, effects) = run(&order, &mut World::new(&order), &[]);
+    for (order, fresh) in
+        orders().iter().flat_map(|order| World::all(order).into_iter().map(move |w| (order, w)))
+    {
+        let (_, effects) = run(order, &mut fresh.clone(), &[]);
         for failing in 0..effects - 1 {
-            let mut world = World::new(&order);
+            let mut world = fresh.clone();
             let tries = PHASE_RETRIES_MAX.max(ATTEMPTS_MAX) as usize + 1;
             world.script = (0..failing + tries).map(|i| i >= failing).collect();
-            let (status, _) = run(&order, &mut world, &[]);
-            check(&order, &status, &world);
+            let (status, _) = run(order, &mut world, &[]);
+            check(order, &status, &world);
             assert_ne!(status.phase, Phase::Completed);
             if status.phase != Phase::Stuck {
                 continue;
@@ -467,8 +501,8 @@ fn what_fails_for_good_is_put_back_or_stuck_and_can_be_retried_and_undone() {
             ] {
                 let mut world = world.clone();
                 let asked = Event::Asked(request);
-                let (status, _) = run_from(&order, &mut world, status.clone(), asked, &[]);
-                check(&order, &status, &world);
+                let (status, _) = run_from(order, &mut world, status.clone(), asked, &[]);
+                check(order, &status, &world);
                 assert_eq!(status.phase, end, "{order:?} failing {failing}");
             }
         }
@@ -478,7 +512,7 @@ fn what_fails_for_good_is_put_back_or_stuck_and_can_be_retried_and_undone() {
 #[test]
 fn an_undo_asked_at_any_point_puts_everything_back_even_when_it_dies_there() {
     for order in orders() {
-        for world in [World::new(&order), World::stopped(&order)] {
+        for world in World::all(&order) {
             let (_, effects) = run(&order, &mut world.clone(), &[]);
             for at in 0..effects - 1 {
                 let (status, performed) = {
@@ -559,6 +593,24 @@ fn a_stopped_database_stays_stopped() {
 }
 
 #[test]
+fn a_copy_is_started_and_an_undo_of_it_stops_it_again() {
+    let order = swap();
+    let mut world = World::beside(&order);
+    let (status, _) = run(&order, &mut world, &[]);
+    check(&order, &status, &world);
+    assert_eq!((status.phase, status.started, world.replicas), (Phase::Completed, true, 1));
+    assert!(status.conditions.iter().any(|condition| condition.reason == "Sql"));
+
+    let order = undo_of_swap();
+    let mut world = World::beside(&order);
+    let (status, _) = run(&order, &mut world, &[]);
+    check(&order, &status, &world);
+    assert_eq!((status.phase, status.started, world.replicas), (Phase::Completed, false, 0));
+    let stopped = status.conditions.iter().find(|condition| condition.reason == "Stopped").unwrap();
+    assert!(stopped.message.contains("as it was before the restore"), "{stopped:?}");
+}
+
+#[test]
 fn a_refusal_touches_nothing() {
     let order = swap();
     let status = RestoreStatus { phase: Phase::Preflight, attempt: 1, ..RestoreStatus::default() };
@@ -605,14 +657,15 @@ proptest! {
     #[test]
     fn every_history_of_failures_deaths_and_requests_ends_well(
         which in 0_usize..3,
-        stopped: bool,
+        standing in any::<proptest::sample::Index>(),
         unproven in 0_u32..4,
         silent in 0_u32..4,
         script in proptest::collection::vec(any::<bool>(), 0..30),
         blows in proptest::collection::vec(any_blow(), 0..5),
     ) {
         let order = orders()[which].clone();
-        let mut world = if stopped { World::stopped(&order) } else { World::new(&order) };
+        let worlds = World::all(&order);
+        let mut world = worlds[standing.index(worlds.len())].clone();
         world.unproven = unproven;
         world.silent = silent;
         world.script = script.into();

@@ -159,9 +159,13 @@ pub struct RestoreStatus {
     /// Its size in bytes; the restored image is grown to it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub size: Option<u64>,
-    /// `spec.replicas` before; the database is scaled back to it.
+    /// `spec.replicas` before; the database is scaled back to it, unless `replicasAfter` says otherwise.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub replicas: Option<i32>,
+    /// `spec.replicas` after, where that is not as before: a restore into another StatefulSet starts it, and an undo of
+    /// that stops it again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replicas_after: Option<i32>,
     /// The grace period of the pod: the proofs are waited for that much longer.
     #[serde(skip_serializing_if = "is_zero")]
     pub grace_seconds: u32,

@@ -36,7 +36,7 @@ impl Restore<'_> {
 
     /// Takes the annotation away, and the finalizer after it.
     pub(super) async fn open_gate(&mut self) -> Result<Event, Problem> {
-        let name = &self.record.spec.stateful_set;
+        let name = self.record.spec.target();
         let attempt = format!("get the StatefulSet {}/{name}", self.namespace());
         let found = call(attempt, self.sets().get_opt(name)).await.map_err(|error| of_kubernetes(&error))?;
         if let Some(database) =
@@ -90,7 +90,7 @@ impl Restore<'_> {
     /// Scales the database to zero, when no backup is under way.
     pub(super) async fn stop(&mut self, status: &RestoreStatus) -> Result<Event, Problem> {
         // One may have been reserved between the preflight and the gate; none begins while it is closed.
-        no_backup_runs(&self.backups().await?, &self.record.spec.stateful_set)?;
+        no_backup_runs(&self.backups().await?, self.record.spec.target())?;
         self.scale(0, status).await?;
         Ok(Event::Stopped)
     }
@@ -101,7 +101,7 @@ impl Restore<'_> {
     }
 
     async fn scale(&self, replicas: i32, status: &RestoreStatus) -> Result<(), Problem> {
-        let name = &self.record.spec.stateful_set;
+        let name = self.record.spec.target();
         let patch = json!({"spec": {"replicas": replicas}});
         let attempt = format!("scale the StatefulSet {}/{name} to {replicas}", self.namespace());
         let sets = self.sets();

@@ -4,10 +4,10 @@
 use howdah_adapters::ceph::{Ceph, ImageInfo};
 use howdah_adapters::kubernetes::call;
 use howdah_adapters::records::{PostgresBackup, PostgresRestore};
-use howdah_core::backup::{ImageRecord, Phase as BackupPhase, Problem};
+use howdah_core::backup::{ImageRecord, Phase as BackupPhase, Problem, SnapshotRecord};
 use howdah_core::restore::{
-    CHAIN_MAX, Candidate, Facts, Goal, JournalRecord, Method, Phase, RestoreStatus, Source, VolumeRecord,
-    choose, taken_at,
+    CHAIN_MAX, Candidate, Facts, Goal, JournalRecord, Method, Newcomer, Phase, RestoreStatus, Source,
+    VolumeRecord, choose, fits,
 };
 use howdah_core::volume::RbdVolume;
 use howdah_core::{lineage, names, preflight};
@@ -32,6 +32,17 @@ struct Chosen {
     source: Source,
     method: Method,
     incoming: Option<ImageRecord>,
+    /// What `spec.replicas` is to be in the end, if not what it was.
+    replicas_after: Option<i32>,
+}
+
+/// What gets the data.
+struct InPlace<'a> {
+    name: &'a str,
+    replicas: i32,
+    claim: &'a str,
+    image: &'a ImageRecord,
+    info: &'a ImageInfo,
 }
 
 impl Restore<'_> {
@@ -69,10 +80,14 @@ impl Restore<'_> {
             name: volume.image.clone(),
             id: info.id.clone(),
         };
-        self.only_the_pod_writes(&ceph, &database, &image).await?;
+        let pod = self.only_the_pod_writes(&ceph, &database, &image).await?;
         let journal = journal_of(&ceph, &volume).await?;
+        let in_place = InPlace { name: &name, replicas, claim: &claim, image: &image, info: &info };
         let chosen = match self.order.goal.clone() {
             Goal::Undo(restore) => self.safety_copy(&ceph, &restore, &image).await?,
+            goal if self.record.spec.into.is_some() => {
+                self.backup_of_another(&ceph, &goal, &backups, &in_place, pod.as_ref()).await?
+            }
             goal => self.backup(&ceph, &goal, &backups, &image).await?,
         };
         let grace = template.termination_grace_period_seconds.unwrap_or(DEFAULT_GRACE_S);
@@ -83,6 +98,7 @@ impl Restore<'_> {
             image,
             size: info.size,
             replicas,
+            replicas_after: chosen.replicas_after,
             grace: SignedDuration::from_secs(grace),
             incoming: chosen.incoming,
         })
@@ -90,7 +106,7 @@ impl Restore<'_> {
 
     /// The StatefulSet as it is now, if it is the one that is meant and howdah protects it.
     pub(super) async fn database(&self) -> Result<StatefulSet, Problem> {
-        let (namespace, name) = (self.namespace(), &self.record.spec.stateful_set);
+        let (namespace, name) = (self.namespace(), self.record.spec.target());
         let api = Api::<StatefulSet>::namespaced(self.cx.kubernetes.client().clone(), &namespace);
         let attempt = format!("get the StatefulSet {namespace}/{name}");
         let found = call(attempt, api.get_opt(name)).await.map_err(|error| of_kubernetes(&error))?;
@@ -136,24 +152,25 @@ impl Restore<'_> {
         Ok(list.map_err(|error| of_kubernetes(&error))?.items)
     }
 
-    /// Whether the image is open on the pod's node alone, or on none.
+    /// The pod, if there is one and the image is open on its node alone; without one it must be open on none.
     async fn only_the_pod_writes(
         &self,
         ceph: &Ceph,
         database: &StatefulSet,
         image: &ImageRecord,
-    ) -> Result<(), Problem> {
+    ) -> Result<Option<Pod>, Problem> {
         let (namespace, name) = (self.namespace(), pod_name(database));
         let pods = Api::<Pod>::namespaced(self.cx.kubernetes.client().clone(), &namespace);
         let pod = call(format!("get the pod {namespace}/{name}"), pods.get_opt(&name)).await;
         let pod = pod.map_err(|error| of_kubernetes(&error))?;
         let watchers = ceph.watchers(&image.spec()).await.map_err(of_ceph)?;
         let addresses: Vec<String> = watchers.iter().map(|watcher| ip_of(&watcher.address)).collect();
-        match pod {
-            Some(pod) => preflight::watchers_fit(&name, &host_ips(&pod), &addresses),
+        match &pod {
+            Some(pod) => preflight::watchers_fit(&name, &host_ips(pod), &addresses)?,
             // A lock that is left matters where the image is written to; that is judged with the proofs.
-            None => preflight::at_rest(&image.spec(), &addresses, &[]),
+            None => preflight::at_rest(&image.spec(), &addresses, &[])?,
         }
+        Ok(pod)
     }
 
     /// The backup that is meant, if it lies in this image or in one that it took the place of.
@@ -164,10 +181,8 @@ impl Restore<'_> {
         backups: &[PostgresBackup],
         image: &ImageRecord,
     ) -> Result<Chosen, Problem> {
-        let candidates: Vec<Candidate> = backups.iter().map(candidate).collect();
-        let chosen = choose(goal, &self.record.spec.stateful_set, &candidates, Timestamp::now())?;
-        let (recorded, snapshot) = (known(&chosen.image, "image")?, known(&chosen.snapshot, "snapshot")?);
-        let name = &chosen.name;
+        let chosen = self.choose(goal, backups)?;
+        let (name, recorded) = (&chosen.name, known(&chosen.image, "image")?);
         let source = if recorded.id == image.id {
             image.clone()
         } else {
@@ -182,25 +197,9 @@ impl Restore<'_> {
                     "choose a backup that was taken since the volume was made",
                 ));
             }
-            let found = ceph.image_by_id(recorded).await.map_err(|error| match error.is_not_found() {
-                true => permanent(
-                    format!("the image with the id {} that the backup {name} lies in is gone", recorded.id),
-                    "see whether it is in the trash (rbd trash ls), or choose another backup",
-                ),
-                false => of_ceph(error),
-            })?;
-            ImageRecord { name: found.name, ..recorded.clone() }
+            image_of(ceph, name, recorded).await?
         };
-        let snapshots = ceph.snapshots(&source.spec()).await.map_err(of_ceph)?;
-        let there = snapshots
-            .iter()
-            .any(|found| found.by_user && found.id == snapshot.id && found.name == snapshot.name);
-        if !there {
-            return Err(permanent(
-                format!("the snapshot {}@{} of the backup {name} is gone", source.spec(), snapshot.name),
-                "choose another backup",
-            ));
-        }
+        let snapshot = snapshot_of(ceph, &chosen, &source).await?;
         match self.order.method {
             Method::Swap => can_be_cloned(ceph, &source).await?,
             Method::Rollback if source.id != image.id => {
@@ -211,14 +210,57 @@ impl Restore<'_> {
             }
             Method::Rollback => {}
         }
-        let source = Source {
-            name: name.clone(),
-            taken_at: chosen.taken_at,
-            consistency: chosen.consistency,
-            image: source,
-            snapshot: Some(snapshot.clone()),
+        let source = source_of(chosen, source, snapshot);
+        Ok(Chosen { source, method: self.order.method, incoming: None, replicas_after: None })
+    }
+
+    /// The backup of another database that is meant, if what gets it never ran.
+    async fn backup_of_another(
+        &self,
+        ceph: &Ceph,
+        goal: &Goal,
+        backups: &[PostgresBackup],
+        in_place: &InPlace<'_>,
+        pod: Option<&Pod>,
+    ) -> Result<Chosen, Problem> {
+        let InPlace { name, replicas, claim, image, info } = *in_place;
+        let of = &self.record.spec.stateful_set;
+        if of == name {
+            return Err(permanent(
+                format!("spec.into names {name}, as spec.statefulSet does"),
+                "name another StatefulSet; to restore in place, leave into out",
+            ));
+        }
+        if self.order.method != Method::Swap {
+            return Err(permanent(
+                "spec.method is rollback, and spec.into names another StatefulSet",
+                "use the method swap: the image of the other one has no snapshot to be rolled back to",
+            ));
+        }
+        let chosen = self.choose(goal, backups)?;
+        let source = image_of(ceph, &chosen.name, known(&chosen.image, "image")?).await?;
+        let snapshot = snapshot_of(ceph, &chosen, &source).await?;
+        can_be_cloned(ceph, &source).await?;
+        let pod = pod.map(Pod::name_any);
+        let newcomer = Newcomer {
+            name,
+            replicas,
+            pod: pod.as_deref(),
+            claim,
+            image,
+            size: info.size,
+            used: ceph.used_bytes(&image.spec()).await.map_err(of_ceph)?,
+            snapshots: ceph.snapshots(&image.spec()).await.map_err(of_ceph)?.len(),
+            is_clone: info.parent.is_some(),
         };
-        Ok(Chosen { source, method: self.order.method, incoming: None })
+        fits(&newcomer, &chosen.name, &source, snapshot.size)?;
+        let source = source_of(chosen, source, snapshot);
+        Ok(Chosen { source, method: Method::Swap, incoming: None, replicas_after: Some(1) })
+    }
+
+    fn choose(&self, goal: &Goal, backups: &[PostgresBackup]) -> Result<Candidate, Problem> {
+        let candidates: Vec<Candidate> = backups.iter().map(PostgresBackup::candidate).collect();
+        choose(goal, &self.record.spec.stateful_set, &candidates, Timestamp::now()).cloned()
     }
 
     /// What the restore that is to be undone kept, if that still fits what is in place.
@@ -228,12 +270,13 @@ impl Restore<'_> {
             call(attempt, self.records().get_opt(name)).await.map_err(|error| of_kubernetes(&error))?;
         let undone: PostgresRestore =
             found.ok_or_else(|| permanent(format!("there is no restore {name}"), "see kubectl get pgr"))?;
-        if undone.spec.stateful_set != self.record.spec.stateful_set {
+        if undone.spec.target() != self.record.spec.target() {
             return Err(permanent(
-                format!("the restore {name} is of the StatefulSet {}", undone.spec.stateful_set),
+                format!("the restore {name} is of the StatefulSet {}", undone.spec.target()),
                 "undo it there",
             ));
         }
+        let beside = undone.spec.into.is_some();
         let status = undone.status.unwrap_or_default();
         if status.phase != Phase::Completed {
             return Err(permanent(
@@ -260,6 +303,8 @@ impl Restore<'_> {
             ));
         }
         let taken_at = status.started_at;
+        // A copy goes back to where it never ran; a database in place stays as it is, up or down.
+        let replicas_after = status.replicas.filter(|_| beside);
         let source = |image: ImageRecord, snapshot| Source {
             name: name.to_owned(),
             taken_at,
@@ -272,7 +317,8 @@ impl Restore<'_> {
                 let found =
                     ceph.image_by_id(before).await.map_err(|error| safety_gone(error, name, &status))?;
                 let kept = ImageRecord { name: found.name, ..before.clone() };
-                Ok(Chosen { source: source(kept.clone(), None), method, incoming: Some(kept) })
+                let source = source(kept.clone(), None);
+                Ok(Chosen { source, method, incoming: Some(kept), replicas_after })
             }
             Method::Rollback => {
                 let snapshot = known(&status.safety_snapshot, "safety snapshot")?;
@@ -280,7 +326,8 @@ impl Restore<'_> {
                 if !snapshots.iter().any(|found| found.by_user && found.id == snapshot.id) {
                     return Err(gone(name, &status));
                 }
-                Ok(Chosen { source: source(image.clone(), Some(snapshot.clone())), method, incoming: None })
+                let source = source(image.clone(), Some(snapshot.clone()));
+                Ok(Chosen { source, method, incoming: None, replicas_after })
             }
         }
     }
@@ -313,17 +360,40 @@ pub(super) fn no_backup_runs(backups: &[PostgresBackup], database: &str) -> Resu
     }
 }
 
-fn candidate(backup: &PostgresBackup) -> Candidate {
-    let status = backup.status.clone().unwrap_or_default();
-    Candidate {
-        name: backup.name_any(),
-        database: backup.spec.stateful_set.clone(),
-        phase: status.phase,
-        taken_at: taken_at(&status),
-        consistency: status.consistency,
-        image: status.image,
-        snapshot: status.snapshot,
+/// The image that a backup lies in, by the name it has now.
+async fn image_of(ceph: &Ceph, backup: &str, recorded: &ImageRecord) -> Result<ImageRecord, Problem> {
+    let found = ceph.image_by_id(recorded).await.map_err(|error| match error.is_not_found() {
+        true => permanent(
+            format!("the image with the id {} that the backup {backup} lies in is gone", recorded.id),
+            "see whether it is in the trash (rbd trash ls), or choose another backup",
+        ),
+        false => of_ceph(error),
+    })?;
+    Ok(ImageRecord { name: found.name, ..recorded.clone() })
+}
+
+/// The snapshot of a backup, if it is there.
+async fn snapshot_of(
+    ceph: &Ceph,
+    backup: &Candidate,
+    image: &ImageRecord,
+) -> Result<SnapshotRecord, Problem> {
+    let snapshot = known(&backup.snapshot, "snapshot")?;
+    let snapshots = ceph.snapshots(&image.spec()).await.map_err(of_ceph)?;
+    let there =
+        snapshots.iter().any(|found| found.by_user && found.id == snapshot.id && found.name == snapshot.name);
+    if there {
+        return Ok(snapshot.clone());
     }
+    Err(permanent(
+        format!("the snapshot {}@{} of the backup {} is gone", image.spec(), snapshot.name, backup.name),
+        "choose another backup",
+    ))
+}
+
+fn source_of(backup: Candidate, image: ImageRecord, snapshot: SnapshotRecord) -> Source {
+    let Candidate { name, taken_at, consistency, .. } = backup;
+    Source { name, taken_at, consistency, image, snapshot: Some(snapshot) }
 }
 
 pub(super) fn pod_name(database: &StatefulSet) -> String {

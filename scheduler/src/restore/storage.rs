@@ -47,6 +47,13 @@ impl Restore<'_> {
         // The source may have been renamed since the preflight, by hand.
         let from = ceph.image_by_id(&source.image).await.map_err(of_ceph)?;
         let from = ImageRecord { name: from.name, ..source.image.clone() };
+        // Since the preflight somebody may have started it.
+        if self.record.spec.into.is_some() && ceph.used_bytes(&image.spec()).await.map_err(of_ceph)? > 0 {
+            return Err(permanent(
+                format!("the image {} was written to since the preflight", image.spec()),
+                "see who started the StatefulSet, and name one that never ran",
+            ));
+        }
         ceph.remove_unused(&spec).await.map_err(of_ceph)?;
         ceph.clone_snapshot(&from.spec(), &snapshot.name, &spec, &live).await.map_err(of_ceph)?;
         let made = ceph.info(&spec).await.map_err(of_ceph)?;
@@ -80,6 +87,13 @@ impl Restore<'_> {
             .collect();
         wanted.insert(lineage::key(&image.id), self.predecessor(status, image)?);
         wanted.remove(&lineage::key(&incoming.id));
+        // The clone brings the metadata of the image it was made from. Of another database that would be its lineage, by
+        // which this one would prune that one's backups.
+        if self.record.spec.into.is_some() && !matches!(self.order.goal, Goal::Undo(_)) {
+            for key in new.keys().filter(|key| !wanted.contains_key(*key)) {
+                ceph.remove_metadata_at_rest(&incoming.spec(), key).await.map_err(of_ceph)?;
+            }
+        }
         for (key, value) in wanted.iter().filter(|(key, value)| new.get(*key) != Some(*value)) {
             ceph.set_metadata_at_rest(&incoming.spec(), key, value).await.map_err(of_ceph)?;
         }

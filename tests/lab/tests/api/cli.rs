@@ -244,6 +244,100 @@ async fn a_restore_is_ordered_undone_and_asked_again() {
     assert!(!ok && text.contains("everything is as it was"), "{text}");
 }
 
+/// What the database of the original lies on; no controller of the test makes it.
+const CLAIM: &str = r#"
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {name: data-db-0}
+spec: {storageClassName: rook-ceph-block, accessModes: [ReadWriteOnce], resources: {requests: {storage: 1Ti}}}
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_into_another_set_makes_it_by_the_rights_of_who_asks() {
+    let lab = Lab::open_or_up_without_ceph(&shared_name()).unwrap();
+    let _turn = TURN.lock().await;
+    install_definitions(&lab);
+    let namespace = lab.namespace("into").unwrap();
+    let place = ["-n", namespace.name()];
+    let create = |yaml: &str| {
+        let created = lab.kubectl_with_input(&["create", place[0], place[1], "-f", "-"], yaml).unwrap();
+        assert!(created.status.success(), "{}", String::from_utf8_lossy(&created.stderr));
+    };
+    let restore =
+        |more: &[&str]| howdah(&lab, &[&["restore", "db", "--to", "newest"], &place[..], more].concat());
+    let get = |kind: &str, jsonpath: &str| {
+        let jsonpath = format!("-o=jsonpath={jsonpath}");
+        lab.kubectl_ok(&["get", kind, place[0], place[1], &jsonpath]).unwrap()
+    };
+    // Its data lies nowhere that the manifest tells.
+    create(DATABASE);
+    let (ok, text) = restore(&["--into", "db-copy"]);
+    assert!(!ok && text.contains("make the other StatefulSet by hand"), "{text}");
+    lab.kubectl_ok(&["delete", "statefulset", "db", place[0], place[1]]).unwrap();
+    create(
+        &LINTED
+            .replace("CLASS", "rook-ceph-block")
+            .replace("serviceName", "replicas: 0\n  serviceName")
+            .replace(
+                r#"image: "postgres:15"}"#,
+                r#"image: "postgres:15", volumeMounts: [{name: data, mountPath: /var/lib/postgresql/data}]}"#,
+            ),
+    );
+    let (ok, text) = restore(&["--into", "db-copy"]);
+    assert!(!ok && text.contains("get the PersistentVolumeClaim") && text.contains("data-db-0"), "{text}");
+    create(CLAIM);
+    let (ok, text) = restore(&["--into", "db-copy"]);
+    assert!(!ok && text.contains("there is no good backup of db"), "{text}");
+    record_backup(&lab, namespace.name(), 1);
+    let good = r#"{"status":{"finishedAt":"2026-11-01T03:00:09Z","image":{"pool":"p","name":"i","id":"1"},"snapshot":{"name":"s","id":1,"size":167772160}}}"#;
+    let patch = ["patch", "pgb", "db-20261101030000", "--subresource=status", "--type=merge", "-p", good];
+    lab.kubectl_ok(&[&patch[..], &place[..]].concat()).unwrap();
+
+    let (ok, yaml) = restore(&["--into", "db-copy", "--dry-run"]);
+    assert!(ok && yaml.matches("---\n").count() == 2 && yaml.contains("storage: 160Mi"), "{yaml}");
+    assert_eq!(get("statefulset", "{.items[*].metadata.name}"), "db", "a dry run made something");
+    let file = tempfile::NamedTempFile::with_suffix(".yaml").unwrap();
+    std::fs::write(file.path(), &yaml).unwrap();
+    let (code, text) = howdah_code(&lab, &["lint", file.path().to_str().unwrap()]);
+    assert!(code == Some(0) && text.contains("nothing would be denied"), "{text}");
+    let valid = lab.kubectl_with_input(&["create", "--dry-run=server", "-f", "-"], &yaml).unwrap();
+    assert!(valid.status.success(), "{}", String::from_utf8_lossy(&valid.stderr));
+
+    let (ok, text) = restore(&["--into", "db-copy"]);
+    assert!(ok && text.matches(" created").count() == 3, "{text}");
+    let set = get("statefulset/db-copy", "{.spec.replicas} {.metadata.labels} {.spec.selector.matchLabels}");
+    let wanted = r#"0 {"howdah.dev/protect":"true"} {"howdah.dev/database":"db-copy"}"#;
+    assert_eq!(set, wanted);
+    let claim = get("pvc/data-db-copy-0", "{.spec.storageClassName} {.spec.resources.requests.storage}");
+    assert_eq!(claim, "rook-ceph-block 160Mi");
+    let spec = get("pgr", "{.items[0].spec.statefulSet} {.items[0].spec.into} {.items[0].spec.to}");
+    assert_eq!(spec, "db db-copy newest");
+    let uid = get("statefulset/db-copy", "{.metadata.uid}");
+    assert_eq!(get("pgr", "{.items[0].spec.statefulSetUid}"), uid, "the uid is not of what gets the data");
+    assert_eq!(get("statefulset/db", "{.metadata.generation}"), "1", "the original was changed");
+
+    let (ok, text) = restore(&["--into", "db-copy"]);
+    assert!(!ok && text.contains("it exists already; give --into another name"), "{text}");
+    let (ok, text) = restore(&["--into", "db"]);
+    assert!(!ok && text.contains("give --into another name than db"), "{text}");
+    // An undo is of the copy, too.
+    let name = get("pgr", "{.items[0].metadata.name}");
+    let patch = [
+        "patch",
+        "pgr",
+        &name,
+        "--subresource=status",
+        "--type=merge",
+        "-p",
+        r#"{"status":{"phase":"Completed"}}"#,
+    ];
+    lab.kubectl_ok(&[&patch[..], &place[..]].concat()).unwrap();
+    let (ok, text) = howdah(&lab, &[&["restore", "undo", &name], &place[..]].concat());
+    assert!(ok && text.contains("/db-copy-undo-"), "{text}");
+    let undo = get("pgr", r#"{.items[?(@.spec.undo)].spec.into}"#);
+    assert_eq!(undo, "db-copy");
+}
+
 /// A set as people write it, with a class and a claim that are no part of the manifest.
 const LINTED: &str = r#"
 apiVersion: apps/v1

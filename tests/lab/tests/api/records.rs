@@ -234,6 +234,7 @@ fn full_restore_status() -> RestoreStatus {
         image: Some(image("csi-vol-1")),
         size: Some(1 << 40),
         replicas: Some(1),
+        replicas_after: Some(0),
         grace_seconds: 300,
         incoming: Some(image("csi-vol-1.howdah-new-1")),
         safety_image: Some(image("csi-vol-1.howdah-1")),
@@ -309,6 +310,8 @@ async fn a_restore_by_hand_says_one_thing_to_restore() {
     };
     let (made, text) = create(r#"{"statefulSet":"db","to":"newest"}"#);
     assert!(made && text.contains(r#""method": "swap""#), "{text}");
+    let (made, text) = create(r#"{"statefulSet":"db","to":"newest","into":"db-copy"}"#);
+    assert!(made, "{text}");
     let (made, text) = create(r#"{"statefulSet":"db","before":"2026-11-22T03:00:00+09:00"}"#);
     assert!(made, "{text}");
     for (spec, wanted) in [
@@ -317,6 +320,12 @@ async fn a_restore_by_hand_says_one_thing_to_restore() {
         (r#"{"statefulSet":"db","to":"newest","undo":"r"}"#, "say exactly one of to"),
         (r#"{"statefulSet":"db","before":"2026-11-22 03:00"}"#, "spec.before"),
         (r#"{"statefulSet":"db","to":"newest","method":"magic"}"#, "spec.method: Unsupported value"),
+        (r#"{"statefulSet":"db","to":"newest","into":"db"}"#, "name another StatefulSet in into"),
+        (r#"{"statefulSet":"db","to":"newest","into":""}"#, "name the StatefulSet to restore into"),
+        (
+            r#"{"statefulSet":"db","to":"db-1","into":"new","method":"rollback"}"#,
+            "use the method swap with into",
+        ),
     ] {
         let (made, text) = create(spec);
         assert!(!made && text.contains(wanted), "{spec}: {text}");

@@ -37,6 +37,9 @@ impl Database {
         // Nothing is backed up before the test says so.
         database.annotate(&["howdah.dev/suspend=true", SCHEDULE, "howdah.dev/retention=last=2"])?;
         database.kubectl(&["rollout", "status", "statefulset/db", START_LIMIT])?;
+        // The image's entrypoint wrote pg_hba.conf a moment ago. What PostgreSQL does not write itself is in a snapshot
+        // once the kernel has written it, some 30 s later (docs/restore.md).
+        database.kubectl(&["exec", "db-0", "--", "sync"])?;
         Ok(database)
     }
 

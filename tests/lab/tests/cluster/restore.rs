@@ -3,47 +3,18 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use howdah_lab::lab::Lab;
-use howdah_lab::repository;
+use anyhow::{Context as _, Result, ensure};
 use howdah_lab::storage::claim::wait_slowly;
-use howdah_lab::testing::TempNamespace;
 use serde_json::json;
 
-use crate::lab;
+use crate::database::Database;
 
-/// initdb alone takes 17 s on an emulated node; a busy one, several times that.
-const START_LIMIT: &str = "--timeout=420s";
 /// A stop, a start and a crash recovery on emulated nodes take a minute or two.
 const OPERATION_LIMIT: Duration = Duration::from_secs(600);
 
-/// The database of deploy/examples/postgres.yaml, in a namespace of its own.
-struct Database {
-    lab: Lab,
-    namespace: TempNamespace,
-}
-
 impl Database {
-    fn start() -> Result<Self> {
-        let lab = lab()?;
-        let namespace = lab.namespace("restore")?;
-        let database = Self { lab, namespace };
-        let manifest = repository::root().join("deploy/examples/postgres.yaml");
-        database.kubectl(&["apply", "-f", manifest.to_str().context("write the path as text")?])?;
-        database.kubectl(&["annotate", "--overwrite", "statefulset", "db", "howdah.dev/suspend=true"])?;
-        database.kubectl(&["rollout", "status", "statefulset/db", START_LIMIT])?;
-        // The image's entrypoint wrote pg_hba.conf a moment ago. What PostgreSQL does not write itself is in a snapshot
-        // once the kernel has written it, some 30 s later (docs/restore.md).
-        database.kubectl(&["exec", "db-0", "--", "sync"])?;
-        Ok(database)
-    }
-
-    fn kubectl(&self, args: &[&str]) -> Result<String> {
-        self.lab.kubectl_ok(&[&["-n", self.namespace.name()], args].concat())
-    }
-
-    fn sql(&self, query: &str) -> Result<String> {
-        let address = self.kubectl(&["get", "pod", "db-0", "-o", "jsonpath={.status.podIP}"])?;
+    fn sql(&self, pod: &str, query: &str) -> Result<String> {
+        let address = self.address(pod)?;
         let mut psql = self.lab.command("psql");
         psql.env("PGPASSWORD", "change-me").args(["-h", &address, "-U", "postgres", "-XAtqc", query]);
         Ok(self.lab.output_inside(&mut psql)?.trim().to_owned())
@@ -55,14 +26,18 @@ impl Database {
             "metadata": {"name": name, "namespace": self.namespace.name()}, "spec": spec});
         let applied = self.lab.kubectl_apply(&order.to_string())?;
         ensure!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
-        let resource = format!("{}/{name}", kind.to_lowercase());
+        self.wait_for(&format!("{}/{name}", kind.to_lowercase()), end)
+    }
+
+    /// Waits until an operation stands at `end`.
+    fn wait_for(&self, resource: &str, end: &str) -> Result<()> {
         let mut phase = String::new();
         wait_slowly(OPERATION_LIMIT, || {
-            let wanted = ["get", &resource, "-o", "jsonpath={.status.phase}"];
+            let wanted = ["get", resource, "-o", "jsonpath={.status.phase}"];
             phase = self.kubectl(&wanted).unwrap_or_default();
             phase == end || ["Failed", "Stuck"].contains(&phase.as_str())
         });
-        ensure!(phase == end, "{}", self.kubectl(&["get", &resource, "-o", "yaml"])?);
+        ensure!(phase == end, "{}", self.kubectl(&["get", resource, "-o", "yaml"])?);
         Ok(())
     }
 }
@@ -70,12 +45,33 @@ impl Database {
 #[test]
 fn a_pod_comes_back_on_the_restored_volume_and_on_the_old_one_after_the_undo() -> Result<()> {
     let database = Database::start()?;
-    database.sql("CREATE TABLE t AS SELECT 1 AS n")?;
+    database.sql("db-0", "CREATE TABLE t AS SELECT 1 AS n")?;
     database.operate("PostgresBackup", "one", json!({"statefulSet": "db"}), "Taken")?;
-    database.sql("UPDATE t SET n = 2")?;
+    database.sql("db-0", "UPDATE t SET n = 2")?;
     database.operate("PostgresRestore", "back", json!({"statefulSet": "db", "to": "one"}), "Completed")?;
-    ensure!(database.sql("SELECT n FROM t")? == "1", "the backup is not in place");
+    ensure!(database.sql("db-0", "SELECT n FROM t")? == "1", "the backup is not in place");
     database.operate("PostgresRestore", "undo", json!({"statefulSet": "db", "undo": "back"}), "Completed")?;
-    ensure!(database.sql("SELECT n FROM t")? == "2", "what was there before is not in place");
+    ensure!(database.sql("db-0", "SELECT n FROM t")? == "2", "what was there before is not in place");
+    Ok(())
+}
+
+#[test]
+fn a_copy_that_the_command_makes_runs_in_a_pod_of_its_own_beside_the_original() -> Result<()> {
+    let database = Database::start()?;
+    database.sql("db-0", "CREATE TABLE t AS SELECT 1 AS n")?;
+    database.operate("PostgresBackup", "one", json!({"statefulSet": "db"}), "Taken")?;
+    database.sql("db-0", "UPDATE t SET n = 2")?;
+    let test = std::env::current_exe().context("find this test")?;
+    let command =
+        test.ancestors().nth(2).context("find the folder of what was built")?.join("kubectl-howdah");
+    ensure!(command.is_file(), "there is no {}: run `cargo build --workspace --bins`", command.display());
+    let mut command = database.lab.command(command);
+    command.arg("--kubeconfig").arg(database.lab.inside_kubeconfig()).args(["restore", "db", "--to", "one"]);
+    let target = ["--into", "db-copy", "-n", database.namespace.name()];
+    database.lab.output_inside(command.args(target))?;
+    let name = database.kubectl(&["get", "pgr", "-o", "jsonpath={.items[0].metadata.name}"])?;
+    database.wait_for(&format!("pgr/{name}"), "Completed")?;
+    ensure!(database.sql("db-copy-0", "SELECT n FROM t")? == "1", "the copy is not of the backup");
+    ensure!(database.sql("db-0", "SELECT n FROM t")? == "2", "the original was touched");
     Ok(())
 }

@@ -1,7 +1,5 @@
 //! The catalogue: the records of backups survive the loss of every howdah object.
 
-use std::process::Command;
-
 use howdah_adapters::records::PostgresBackup;
 use howdah_core::backup::Phase;
 use howdah_core::names;
@@ -12,12 +10,8 @@ use serde_json::json;
 
 use crate::stage::{BACKUP_LIMIT, START_LIMIT, Stage, install_definitions};
 
-/// Runs `kubectl howdah catalog rebuild` where it can reach Ceph itself.
 fn rebuild(stage: &Stage, arguments: &[&str]) -> String {
-    let test = std::env::current_exe().unwrap();
-    let mut command: Command = stage.lab.command(test.ancestors().nth(2).unwrap().join("kubectl-howdah"));
-    command.arg("--kubeconfig").arg(stage.lab.inside_kubeconfig()).args(["catalog", "rebuild"]);
-    stage.lab.output_inside(command.args(["--ceph-runner", "local"]).args(arguments)).unwrap()
+    stage.howdah(&[&["catalog", "rebuild", "--ceph-runner", "local"], arguments].concat())
 }
 
 /// Everything of a record that must come back.

@@ -4,9 +4,15 @@
 
 mod catalog;
 mod ceph;
+mod faults;
+mod gate;
 mod images;
+mod into;
 mod kinds;
+mod lineage;
+mod node;
 mod postgres;
+mod prune;
 mod restore;
 mod scheduler;
 mod server;

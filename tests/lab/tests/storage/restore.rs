@@ -1,239 +1,24 @@
-//! Restores of real databases: each lies on its volume's image, and a stand-in for its node ends it when its pod goes and
-//! starts it on the volume when a pod is there again.
+//! Restores of real databases, each in the place that it lies in.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::collections::HashSet;
+use std::slice;
 use std::thread;
 use std::time::Duration;
 
-use futures::{StreamExt as _, pin_mut};
-use howdah_adapters::records::PostgresRestore;
 use howdah_core::backup;
 use howdah_core::names;
-use howdah_core::restore::{Method, Phase, RestoreStatus};
+use howdah_core::restore::{Phase, RestoreStatus};
 use howdah_lab::ceph::POOL;
-use howdah_lab::netns::BRIDGE_ADDRESS;
-use howdah_lab::postgres::{DEBIAN_MAJOR, PASSWORD};
 use howdah_lab::process::wait_until;
-use howdah_lab::storage::claim::{Claim, wait_slowly};
-use howdah_lab::testing::Process;
-use k8s_openapi::api::core::v1::Pod;
-use kube::Api;
-use kube::api::ListParams;
-use kube::runtime::{WatchStreamExt as _, watcher};
-use nix::sys::signal::Signal;
+use howdah_lab::storage::claim::wait_slowly;
 use serde_json::{Value, json};
 
-use crate::stage::{BACKUP_LIMIT, Database, Place, START_LIMIT, Server, Stage, name_of};
+use crate::node::{Killer, Node, SWAP_PHASES, acknowledged};
+use crate::stage::{BACKUP_LIMIT, START_LIMIT, Stage};
 
-/// A restore takes some fifteen seconds, most of them the stop and the start of the server on a busy machine.
-const RESTORE_LIMIT: Duration = Duration::from_secs(300);
-/// Between two looks of the stand-in at its pod.
-const LOOK: Duration = Duration::from_millis(200);
-/// Each a process, so that a commit is acknowledged or not, and never lost in a pipe. What it prints was acknowledged.
-const LEDGER: &str = "n=0; while n=$((n + 1)); do \
-    psql -XAtqc \"INSERT INTO ledger VALUES ($n)\" >/dev/null 2>&1 && echo $n; done";
-
-/// What a node does for the one pod of a StatefulSet.
-struct Node<'a> {
-    stage: &'a Stage,
-    name: String,
-    image: String,
-    place: Place,
-    /// The server, and the uid of the pod it runs for.
-    running: Mutex<Option<(String, Server)>>,
-    ends: AtomicBool,
-}
-
-impl<'a> Node<'a> {
-    fn of(database: Database<'a>) -> Self {
-        let Database { stage, name, image, server } = database;
-        let place = server.place().clone();
-        let uid = stage.pod_uid(&format!("{name}-0")).unwrap();
-        let running = Mutex::new(Some((uid, server)));
-        Self { stage, name, image, place, running, ends: AtomicBool::new(false) }
-    }
-
-    /// Runs `work` beside the stand-in.
-    fn play<T>(&self, work: impl FnOnce() -> T) -> T {
-        /// Ends the stand-in also when `work` panics.
-        struct End<'a>(&'a AtomicBool);
-        impl Drop for End<'_> {
-            fn drop(&mut self) {
-                self.0.store(true, Ordering::Relaxed);
-            }
-        }
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                while !self.ends.load(Ordering::Relaxed) {
-                    self.look();
-                    thread::sleep(LOOK);
-                }
-            });
-            let _end = End(&self.ends);
-            work()
-        })
-    }
-
-    fn look(&self) {
-        let wanted = self.stage.pod_uid(&format!("{}-0", self.name));
-        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        if running.as_ref().map(|(uid, _)| uid) != wanted.as_ref() {
-            // Ends the server, unmounts and unmaps.
-            *running = None;
-        }
-        let (None, Some(uid)) = (&*running, wanted) else { return };
-        let server = Server::again(&self.stage.lab, DEBIAN_MAJOR, &self.image, self.place.clone());
-        *running = Some((uid, server));
-        self.stage.show_ready(&self.name);
-    }
-
-    fn sql(&self, query: &str) -> String {
-        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        running.as_ref().unwrap().1.sql(query)
-    }
-
-    /// A writer that says which of its rows were acknowledged.
-    fn ledger(&self) -> Process {
-        self.sql("CREATE TABLE IF NOT EXISTS ledger (n int PRIMARY KEY)");
-        let mut shell = self.stage.lab.command("bash");
-        shell.args(["-c", LEDGER]).env("PGPASSWORD", PASSWORD).env("PGUSER", "postgres");
-        shell.env("PGHOST", BRIDGE_ADDRESS.to_string()).env("PGPORT", self.place.port().to_string());
-        self.stage.lab.spawn_inside(&format!("ledger-{}", self.place.port()), &shell).unwrap()
-    }
-
-    fn order_backup(&self, name: &str) {
-        let spec = json!({"statefulSet": self.name});
-        self.stage.apply(&json!({"apiVersion": "howdah.dev/v1alpha1", "kind": "PostgresBackup",
-            "metadata": {"name": name}, "spec": spec}));
-    }
-
-    /// Takes a backup and waits for its end.
-    fn back_up(&self, name: &str) -> backup::BackupStatus {
-        self.order_backup(name);
-        let status = self.stage.wait_over(name);
-        assert_eq!(status.phase, backup::Phase::Taken, "{status:?}");
-        status
-    }
-
-    fn order(&self, name: &str, what: Value) {
-        let mut spec = json!({"statefulSet": self.name});
-        spec.as_object_mut().unwrap().extend(what.as_object().unwrap().clone());
-        self.stage.apply(&json!({"apiVersion": "howdah.dev/v1alpha1", "kind": "PostgresRestore",
-            "metadata": {"name": name}, "spec": spec}));
-    }
-
-    fn wait_over(&self, restore: &str) -> RestoreStatus {
-        let status = || self.stage.restore(restore).unwrap_or_default();
-        let over = wait_until(RESTORE_LIMIT, || status().phase.is_terminal());
-        assert!(over, "{:#?}\n{}", status(), self.stage.scheduler_log());
-        status()
-    }
-
-    /// Restores, waits for the end, and checks what holds after every restore that went well.
-    fn restore(&self, name: &str, what: Value) -> RestoreStatus {
-        self.order(name, what);
-        let status = self.wait_over(name);
-        self.check_completed(&status);
-        status
-    }
-
-    fn check_completed(&self, status: &RestoreStatus) {
-        assert_eq!(status.phase, Phase::Completed, "{status:#?}");
-        assert!(status.proofs.iter().all(|proof| proof.holds) && status.failure.is_none(), "{status:#?}");
-        assert_eq!(self.gate(), "");
-        assert_eq!(self.field("{.spec.replicas}"), "1");
-        let live = self.id(&self.image);
-        assert_eq!(self.claim().journal("csi.imageid").unwrap(), live, "ceph-csi would delete another image");
-        let images = self.images();
-        assert!(
-            images.iter().all(|image| !image.contains(".howdah-new-")),
-            "a clone is left over: {images:?}"
-        );
-        match status.method.unwrap() {
-            Method::Swap => {
-                assert_eq!(status.incoming.as_ref().unwrap().id, live);
-                let safety = status.safety_image.as_ref().unwrap();
-                assert_eq!(self.id(&safety.spec()), safety.id, "the safety copy is another image");
-            }
-            Method::Rollback => {
-                assert_eq!(status.image.as_ref().unwrap().id, live);
-                let safety = &status.safety_snapshot.as_ref().unwrap().name;
-                assert!(self.stage.lab.rbd(&["snap", "ls", &self.image]).unwrap().contains(safety));
-            }
-        }
-        // Somebody who deletes the record is not held up.
-        let finalizers = self.stage.restore_record(status).metadata.finalizers.unwrap_or_default();
-        assert!(finalizers.is_empty(), "{finalizers:?}");
-    }
-
-    fn field(&self, jsonpath: &str) -> String {
-        self.stage.kubectl(&["get", "statefulset", &self.name, "-o", &format!("jsonpath={jsonpath}")])
-    }
-
-    fn gate(&self) -> String {
-        self.field(r"{.metadata.annotations.howdah\.dev/gate}")
-    }
-
-    fn claim(&self) -> Claim {
-        Claim::bound(&self.stage.lab, self.stage.namespace.name(), &format!("data-{}-0", self.name)).unwrap()
-    }
-
-    fn id(&self, image: &str) -> String {
-        let info = self.stage.lab.rbd(&["info", "--format", "json", image]).unwrap();
-        serde_json::from_str::<Value>(&info).unwrap()["id"].as_str().unwrap().to_owned()
-    }
-
-    /// The names of all images of the volume.
-    fn images(&self) -> Vec<String> {
-        let all = self.stage.lab.rbd(&["ls", POOL]).unwrap();
-        all.lines().filter(|name| name.starts_with(name_of(&self.image))).map(str::to_owned).collect()
-    }
-}
-
-impl Stage {
-    fn restores(&self) -> Api<PostgresRestore> {
-        Api::namespaced(self.client.clone(), self.namespace.name())
-    }
-
-    fn restore(&self, name: &str) -> Option<RestoreStatus> {
-        self.runtime.block_on(self.restores().get_opt(name)).unwrap()?.status
-    }
-
-    /// The record with this status: no two are alike.
-    fn restore_record(&self, status: &RestoreStatus) -> PostgresRestore {
-        let all = self.runtime.block_on(self.restores().list(&ListParams::default())).unwrap().items;
-        all.into_iter().find(|record| record.status.as_ref() == Some(status)).unwrap()
-    }
-
-    /// Waits until a restore's status is so, and returns at that moment.
-    fn wait_restore(&self, restore: &str, so: impl Fn(&RestoreStatus) -> bool) {
-        self.runtime.block_on(async {
-            let only = watcher::Config::default().fields(&format!("metadata.name={restore}"));
-            let stream = watcher(self.restores(), only).applied_objects();
-            pin_mut!(stream);
-            let reached = async {
-                while let Some(Ok(found)) = stream.next().await {
-                    if so(&found.status.unwrap_or_default()) {
-                        return;
-                    }
-                }
-            };
-            tokio::time::timeout(RESTORE_LIMIT, reached).await.unwrap();
-        });
-    }
-
-    /// The uid of a pod; none when there is none, or when it is going.
-    fn pod_uid(&self, pod: &str) -> Option<String> {
-        let pods = Api::<Pod>::namespaced(self.client.clone(), self.namespace.name());
-        let found = self.runtime.block_on(pods.get_opt(pod)).unwrap()?;
-        found.metadata.deletion_timestamp.is_none().then_some(found.metadata.uid?)
-    }
-}
-
-fn acknowledged(ledger: &Process) -> Vec<u32> {
-    ledger.output().unwrap().lines().filter_map(|line| line.parse().ok()).collect()
-}
+/// Pairs of restores until each phase was hit: one or two are enough, unless a phase goes by while the next scheduler
+/// starts.
+const ROUNDS_MAX: usize = 4;
 
 #[test]
 fn a_swap_under_load_holds_every_row_of_the_backup_and_is_undone_to_the_last_row() {
@@ -304,37 +89,39 @@ fn a_swap_under_load_holds_every_row_of_the_backup_and_is_undone_to_the_last_row
 fn a_restore_ends_the_same_in_whatever_phase_its_scheduler_is_killed() {
     let stage = Stage::alone();
     stage.grant();
-    let node = Node::of(stage.database("db", json!({})));
-    node.play(|| {
-        let mut scheduler = stage.scheduler("scheduler-0", 18081);
-        node.sql("CREATE TABLE t AS SELECT 1 AS n");
-        node.back_up("one");
-        node.sql("UPDATE t SET n = 2");
-        node.back_up("two");
-        let swaps = [
-            Phase::Gating,
-            Phase::Stopping,
-            Phase::Proving,
-            Phase::Preparing,
-            Phase::SettingAside,
-            Phase::Placing,
-            Phase::Bookkeeping,
-            Phase::Starting,
-            Phase::Answering,
-            Phase::Opening,
-        ];
-        for (i, phase) in swaps.into_iter().enumerate() {
-            let (backup, wanted) = if i % 2 == 0 { ("one", "1") } else { ("two", "2") };
-            let restore = format!("killed-in-{}", phase.as_str().to_lowercase());
-            node.order(&restore, json!({"to": backup}));
-            scheduler = kill_in(&node, scheduler, &restore, phase, i);
-            let status = node.wait_over(&restore);
-            node.check_completed(&status);
-            assert_eq!(node.sql("SELECT n FROM t"), wanted, "killed in {phase:?}");
-            // The image in place, and one safety copy for each restore.
-            assert_eq!(node.images().len(), i + 2, "killed in {phase:?}: {:?}", node.images());
-        }
-        scheduler.stop().unwrap();
+    // Two at once: one kill hits both, each wherever it stands.
+    let nodes = ["db", "shop"].map(|name| Node::of(stage.database(name, json!({}))));
+    nodes[0].play(|| {
+        nodes[1].play(|| {
+            let mut killer = Killer::new(&stage);
+            for node in &nodes {
+                node.sql("CREATE TABLE t AS SELECT 1 AS n");
+                node.back_up(&format!("{}-one", node.name));
+                node.sql("UPDATE t SET n = 2");
+                node.back_up(&format!("{}-two", node.name));
+            }
+            let mut pending: HashSet<Phase> = SWAP_PHASES.into();
+            for round in 1.. {
+                assert!(round <= ROUNDS_MAX, "never seen in {pending:?}");
+                let (backup, wanted) = if round % 2 == 1 { ("one", "1") } else { ("two", "2") };
+                let restores = nodes.each_ref().map(|node| format!("{}-{round}", node.name));
+                for (node, restore) in nodes.iter().zip(&restores) {
+                    node.order(restore, json!({"to": format!("{}-{backup}", node.name)}));
+                }
+                killer.kill_in(&restores, &mut pending);
+                for (node, restore) in nodes.iter().zip(&restores) {
+                    let status = node.wait_over(restore);
+                    node.check_completed(&status);
+                    assert_eq!(node.sql("SELECT n FROM t"), wanted, "{restore}");
+                    // The image in place, and one safety copy for each restore.
+                    assert_eq!(node.images().len(), round + 1, "{restore}: {:?}", node.images());
+                }
+                if pending.is_empty() {
+                    break;
+                }
+            }
+            killer.end();
+        });
     });
 }
 
@@ -344,14 +131,16 @@ fn a_rollback_is_completed_by_the_next_scheduler_and_can_be_undone() {
     stage.grant();
     let node = Node::of(stage.database("db", json!({})));
     node.play(|| {
-        let mut scheduler = stage.scheduler("scheduler-0", 18081);
+        let mut killer = Killer::new(&stage);
         node.sql("CREATE TABLE t AS SELECT 1 AS n");
         let backup = node.back_up("one");
         for (i, phase) in [Phase::Safeguarding, Phase::RollingBack].into_iter().enumerate() {
             node.sql(&format!("UPDATE t SET n = {}", i + 2));
             let restore = format!("killed-in-{}", phase.as_str().to_lowercase());
             node.order(&restore, json!({"to": "one", "method": "rollback"}));
-            scheduler = kill_in(&node, scheduler, &restore, phase, i);
+            let mut pending = HashSet::from([phase]);
+            killer.kill_in(slice::from_ref(&restore), &mut pending);
+            assert!(pending.is_empty(), "{restore} was over before it was seen in {phase:?}");
             let status = node.wait_over(&restore);
             node.check_completed(&status);
             assert_eq!(node.id(&node.image), backup.image.as_ref().unwrap().id);
@@ -359,22 +148,8 @@ fn a_rollback_is_completed_by_the_next_scheduler_and_can_be_undone() {
         }
         node.restore("undo", json!({"undo": "killed-in-rollingback"}));
         assert_eq!(node.sql("SELECT n FROM t"), "3");
-        scheduler.stop().unwrap();
+        killer.end();
     });
-}
-
-/// Kills the scheduler when the restore is in `phase`, and starts another.
-fn kill_in(node: &Node<'_>, scheduler: Process, restore: &str, phase: Phase, number: usize) -> Process {
-    node.stage.wait_restore(restore, |status| {
-        assert!(
-            !status.phase.is_terminal(),
-            "{restore} is over before it was seen in {phase:?}: {status:#?}"
-        );
-        status.phase == phase
-    });
-    scheduler.signal(Signal::SIGKILL).unwrap();
-    drop(scheduler);
-    node.stage.scheduler(&format!("scheduler-{}", number + 1), 18082 + number as u16)
 }
 
 #[test]
@@ -403,11 +178,8 @@ fn a_volume_that_was_swapped_grows_and_is_deleted_and_its_safety_copy_outlives_i
         assert_eq!(size(&node.image), 224 << 20);
         let live = node.id(&node.image);
 
-        let claim = node.claim();
-        stage.kubectl(&["scale", "statefulset", "db", "--replicas=0"]);
-        let at_rest = || claim.watchers().is_ok_and(|watchers| watchers.is_empty());
-        assert!(wait_slowly(START_LIMIT, || stage.pod_uid("db-0").is_none() && at_rest()));
-        claim.delete_volume().unwrap();
+        node.stop();
+        node.claim().delete_volume().unwrap();
         let trash = || stage.lab.rbd(&["trash", "ls", POOL]).unwrap();
         assert!(wait_slowly(BACKUP_LIMIT, || !trash().contains(&live)), "the volume was not removed");
         assert!(stage.lab.rbd(&["info", &node.image]).is_err());
@@ -509,16 +281,12 @@ fn a_database_that_was_stopped_is_restored_and_stays_so() {
         node.sql("CREATE TABLE t AS SELECT 1 AS n");
         node.back_up("one");
         node.sql("UPDATE t SET n = 2");
-        stage.kubectl(&["scale", "statefulset", "db", "--replicas=0"]);
-        let at_rest = || node.claim().watchers().is_ok_and(|watchers| watchers.is_empty());
-        assert!(wait_slowly(START_LIMIT, || stage.pod_uid("db-0").is_none() && at_rest()));
+        node.stop();
         node.order("stopped", json!({"to": "newest"}));
         let status = node.wait_over("stopped");
         assert_eq!((status.phase, status.started), (Phase::Completed, false), "{status:#?}");
         assert_eq!((node.gate().as_str(), node.field("{.spec.replicas}").as_str()), ("", "0"));
-        stage.kubectl(&["scale", "statefulset", "db", "--replicas=1"]);
-        let back = || node.running.lock().unwrap_or_else(PoisonError::into_inner).is_some();
-        assert!(wait_until(RESTORE_LIMIT, back));
+        node.start();
         assert_eq!(node.sql("SELECT n FROM t"), "1");
     });
 }

@@ -139,6 +139,19 @@ impl Stage {
 
     /// The same with more arguments.
     pub fn scheduler_with(&self, name: &str, port: u16, more: &[&str]) -> Process {
+        self.start_scheduler(name, port, |command| {
+            command.args(more);
+        })
+    }
+
+    /// The same with a `PATH` on which it finds its commands.
+    pub fn scheduler_on(&self, name: &str, port: u16, path: &str) -> Process {
+        self.start_scheduler(name, port, |command| {
+            command.env("PATH", path);
+        })
+    }
+
+    fn start_scheduler(&self, name: &str, port: u16, more: impl FnOnce(&mut Command)) -> Process {
         let token = ["create", "token", "howdah-scheduler", "-n", "howdah-system", "--duration=1h"];
         let token = self.lab.kubectl_ok(&token).unwrap();
         let text = fs::read_to_string(self.lab.inside_kubeconfig()).unwrap();
@@ -149,7 +162,7 @@ impl Stage {
         let mut command = self.lab.command(scheduler_binary());
         command.arg("--kubeconfig").arg(kubeconfig);
         command.args(["--listen", &format!("127.0.0.1:{port}"), "--identity", name, "--wake-seconds", "1"]);
-        command.args(more);
+        more(&mut command);
         command.env_remove("POD_NAMESPACE").env_remove("POD_NAME");
         let mut process = self.lab.spawn_inside(name, &command).unwrap();
         let url = format!("http://127.0.0.1:{port}/readyz");
@@ -161,10 +174,25 @@ impl Stage {
         process
     }
 
+    /// Runs `kubectl howdah` where it can reach Ceph itself.
+    pub fn howdah(&self, arguments: &[&str]) -> String {
+        let mut command = self.lab.command(scheduler_binary().with_file_name("kubectl-howdah"));
+        command.arg("--kubeconfig").arg(self.lab.inside_kubeconfig()).args(arguments);
+        self.lab.output_inside(&mut command).unwrap()
+    }
+
     /// What the shared scheduler has said, for a test that fails.
     pub fn scheduler_log(&self) -> String {
         let scheduler = SCHEDULER.lock().unwrap_or_else(PoisonError::into_inner);
         scheduler.as_ref().map(|process| process.output().unwrap()).unwrap_or_default()
+    }
+
+    /// The names of the snapshots of users that an image has.
+    pub fn snapshots(&self, image: &str) -> Vec<String> {
+        let text = self.lab.rbd(&["snap", "ls", "--format", "json", image]).unwrap();
+        let list: Value = serde_json::from_str(&text).unwrap();
+        let names = list.as_array().unwrap().iter();
+        names.map(|snapshot| snapshot["name"].as_str().unwrap().to_owned()).collect()
     }
 
     fn records(&self) -> Api<PostgresBackup> {
@@ -221,6 +249,18 @@ impl Stage {
         self.kubectl(&["patch", "pod", &pod, "--subresource=status", "--type=merge", "-p", &ready]);
     }
 
+    /// A protected StatefulSet `name` at zero whose claim, of `size`, nobody has mounted.
+    pub fn empty_set(&self, name: &str, size: &str) -> Place {
+        let place = Place::next(&self.lab);
+        let root = place.root(&self.lab);
+        let mut objects = stateful_set(name, DEBIAN_MAJOR, &json!({}), &place, root.to_str().unwrap());
+        objects["items"][1]["spec"]["replicas"] = json!(0);
+        self.apply(&objects);
+        let claim = format!("data-{name}-0");
+        Claim::create(&self.lab, self.namespace.name(), &claim, "rook-ceph-block", size).unwrap();
+        place
+    }
+
     /// A protected StatefulSet with a running database `name` of Debian's PostgreSQL.
     pub fn database(&self, name: &str, annotations: Value) -> Database<'_> {
         self.database_of(DEBIAN_MAJOR, name, annotations)
@@ -249,7 +289,7 @@ pub struct Place {
 }
 
 impl Place {
-    fn next(lab: &Lab) -> Self {
+    pub fn next(lab: &Lab) -> Self {
         let port = PORT.fetch_add(1, Ordering::Relaxed);
         // What a killed run left would be taken for this one's.
         let name = format!("postgres-{port}");
@@ -259,7 +299,7 @@ impl Place {
         Self { name, port }
     }
 
-    fn root(&self, lab: &Lab) -> PathBuf {
+    pub fn root(&self, lab: &Lab) -> PathBuf {
         Mapping::place(lab, &self.name)
     }
 
@@ -305,6 +345,12 @@ impl Server {
     }
 
     fn start(mut self, binaries: &Binaries) -> Self {
+        self.configure();
+        self.launch(binaries);
+        self
+    }
+
+    fn configure(&self) {
         let data = self.mapping().path().join("data");
         let ours = format!(
             "listen_addresses = '{BRIDGE_ADDRESS}'\nport = {}\nunix_socket_directories = ''\n{SMALL}",
@@ -313,6 +359,10 @@ impl Server {
         postgres::append(&data, "postgresql.conf", &ours).unwrap();
         // initdb was told not to sync, and a checkpoint syncs only what the server itself wrote.
         self.mapping().sync().unwrap();
+    }
+
+    fn launch(&mut self, binaries: &Binaries) {
+        let data = self.mapping().path().join("data");
         let mut process = self.lab.spawn_inside(&self.place.name, &binaries.server(&data)).unwrap();
         let log = process::log_path(&self.lab, &self.place.name);
         let before = process.log_start();
@@ -323,7 +373,12 @@ impl Server {
         };
         process.wait_ready(START_LIMIT, ready).unwrap();
         self.postgres = Some(process);
-        self
+    }
+
+    /// Ends it and starts it again on the same volume, as the restart of a container does.
+    pub fn restart(&mut self, major: u32) {
+        self.end();
+        self.launch(&Binaries::find(major, self.lab.dir()).unwrap());
     }
 
     pub fn sql(&self, query: &str) -> String {
@@ -348,13 +403,17 @@ impl Server {
 
     /// Ends it with a fast shutdown, and unmaps its volume.
     fn stop(&mut self) {
+        self.end();
+        self.mapping = None;
+    }
+
+    fn end(&mut self) {
         if let Some(mut process) = self.postgres.take() {
             if let Err(error) = process.signal(Signal::SIGINT) {
                 eprintln!("{error:#}");
             }
             process.wait_gone(START_LIMIT);
         }
-        self.mapping = None;
     }
 }
 
@@ -415,10 +474,7 @@ impl Database<'_> {
 
     /// The names of the snapshots of users.
     pub fn snapshots(&self) -> Vec<String> {
-        let text = self.stage.lab.rbd(&["snap", "ls", "--format", "json", &self.image]).unwrap();
-        let list: Value = serde_json::from_str(&text).unwrap();
-        let names = list.as_array().unwrap().iter();
-        names.map(|snapshot| snapshot["name"].as_str().unwrap().to_owned()).collect()
+        self.stage.snapshots(&self.image)
     }
 
     /// Sessions of howdah; one in backup mode is among them.

@@ -1,0 +1,87 @@
+//! `restore --into`: makes the StatefulSet and the claim that a backup is restored into, by the rights of whoever runs it.
+//! The scheduler needs none for that: it only fills what is there.
+
+use anyhow::{Context as _, bail};
+use howdah_adapters::kubernetes::{KubernetesError, call};
+use howdah_adapters::records::{PostgresBackup, PostgresRestoreSpec};
+use howdah_core::restore::{choose, copy};
+use jiff::Timestamp;
+use k8s_openapi::api::apps::v1::StatefulSet;
+use k8s_openapi::api::core::v1::PersistentVolumeClaim;
+use kube::api::{ApiResource, DynamicObject, ListParams, PostParams};
+use kube::{Api, Client, ResourceExt as _};
+use serde_json::Value;
+
+/// What has to be there before the restore is ordered.
+#[derive(Debug)]
+pub struct Copy {
+    /// The StatefulSet, at zero replicas.
+    pub set: Value,
+    /// The claim of its data.
+    pub claim: Value,
+}
+
+/// As raw objects, so that no field is lost that this version does not know.
+fn sets(client: &Client, namespace: &str) -> Api<DynamicObject> {
+    Api::namespaced_with(client.clone(), namespace, &ApiResource::erase::<StatefulSet>(&()))
+}
+
+fn claims(client: &Client, namespace: &str) -> Api<DynamicObject> {
+    Api::namespaced_with(client.clone(), namespace, &ApiResource::erase::<PersistentVolumeClaim>(&()))
+}
+
+/// Copies the StatefulSet of `spec`, with a claim for the backup that `spec` means today.
+pub async fn plan(client: &Client, namespace: &str, spec: &PostgresRestoreSpec) -> anyhow::Result<Copy> {
+    let (of, name) = (&spec.stateful_set, spec.target());
+    let set = call(format!("get the StatefulSet {namespace}/{of}"), sets(client, namespace).get(of)).await?;
+    let set = serde_json::to_value(set).context("read the StatefulSet")?;
+    let (original, wanted) = (copy::claim_name(&set, of)?, copy::claim_name(&set, name)?);
+    let attempt = format!("get the PersistentVolumeClaim {namespace}/{original}");
+    let claim = call(attempt, claims(client, namespace).get(&original)).await?;
+    let claim = serde_json::to_value(claim).context("read the PersistentVolumeClaim")?;
+    let bytes = size(client, namespace, spec).await?;
+    Ok(Copy { set: copy::stateful_set(&set, name), claim: copy::claim(&claim, &wanted, name, bytes) })
+}
+
+/// The size of the backup.
+async fn size(client: &Client, namespace: &str, spec: &PostgresRestoreSpec) -> anyhow::Result<u64> {
+    let backups = Api::<PostgresBackup>::namespaced(client.clone(), namespace);
+    let all = call(format!("list the backups of {namespace}"), backups.list(&ListParams::default())).await?;
+    let candidates: Vec<_> = all.items.iter().map(PostgresBackup::candidate).collect();
+    let chosen = choose(&spec.goal(), &spec.stateful_set, &candidates, Timestamp::now());
+    let chosen = chosen.map_err(|problem| anyhow::anyhow!("{}; {}", problem.reason, problem.cure))?;
+    let snapshot = chosen.snapshot.as_ref().context("read the size of the backup: it records none")?;
+    Ok(snapshot.size)
+}
+
+/// Creates both, the StatefulSet first, which a policy may refuse; answers with its uid.
+pub async fn create(client: &Client, namespace: &str, copy: Copy) -> anyhow::Result<Option<String>> {
+    let set = one(&sets(client, namespace), "statefulset", namespace, copy.set).await?;
+    let name = set.name_any();
+    one(&claims(client, namespace), "persistentvolumeclaim", namespace, copy.claim).await.with_context(
+        || format!("the StatefulSet was created; before another try: kubectl delete statefulset {name} -n {namespace}"),
+    )?;
+    Ok(set.uid())
+}
+
+async fn one(
+    api: &Api<DynamicObject>,
+    kind: &str,
+    namespace: &str,
+    object: Value,
+) -> anyhow::Result<DynamicObject> {
+    let object: DynamicObject = serde_json::from_value(object).context("read what was copied")?;
+    let name = object.name_any();
+    let attempt = format!("create the {kind} {namespace}/{name}");
+    match call(attempt.as_str(), api.create(&PostParams::default(), &object)).await {
+        Ok(created) => {
+            println!("{kind} {namespace}/{name} created");
+            Ok(created)
+        }
+        Err(KubernetesError::AlreadyExists { .. }) => bail!(
+            "{attempt}: it exists already; give --into another name, or, if it is the one that you mean and never ran, create a \
+             PostgresRestore with spec.into"
+        ),
+        Err(error) => Err(error.into()),
+    }
+}

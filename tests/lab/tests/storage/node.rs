@@ -1,0 +1,356 @@
+//! A stand-in for the node of a database: it ends the server when its pod goes, and starts it on the volume when a pod is
+//! there again. And what tests of restores do with it.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use futures::{StreamExt as _, pin_mut};
+use howdah_adapters::records::PostgresRestore;
+use howdah_core::restore::{Method, Phase, RestoreStatus};
+use howdah_core::{backup, names};
+use howdah_lab::ceph::POOL;
+use howdah_lab::netns::BRIDGE_ADDRESS;
+use howdah_lab::postgres::{DEBIAN_MAJOR, PASSWORD};
+use howdah_lab::process::wait_until;
+use howdah_lab::storage::claim::{Claim, wait_slowly};
+use howdah_lab::testing::Process;
+use k8s_openapi::api::core::v1::Pod;
+use kube::Api;
+use kube::api::ListParams;
+use kube::runtime::{WatchStreamExt as _, watcher};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::stage::{Database, Place, START_LIMIT, Server, Stage, name_of};
+
+/// A restore takes some fifteen seconds, most of them the stop and the start of the server on a busy machine.
+pub const RESTORE_LIMIT: Duration = Duration::from_secs(300);
+/// Between two looks of the stand-in at its pod.
+const LOOK: Duration = Duration::from_millis(200);
+/// The phases of a swap that end in an effect.
+pub const SWAP_PHASES: [Phase; 10] = [
+    Phase::Gating,
+    Phase::Stopping,
+    Phase::Proving,
+    Phase::Preparing,
+    Phase::SettingAside,
+    Phase::Placing,
+    Phase::Bookkeeping,
+    Phase::Starting,
+    Phase::Answering,
+    Phase::Opening,
+];
+/// Each a process, so that a commit is acknowledged or not, and never lost in a pipe. What it prints was acknowledged.
+const LEDGER: &str = "n=0; while n=$((n + 1)); do \
+    psql -XAtqc \"INSERT INTO ledger VALUES ($n)\" >/dev/null 2>&1 && echo $n; done";
+
+/// What a node does for the one pod of a StatefulSet.
+pub struct Node<'a> {
+    pub stage: &'a Stage,
+    pub name: String,
+    pub image: String,
+    place: Place,
+    /// The server, and the uid of the pod it runs for.
+    running: Mutex<Option<(String, Server)>>,
+    ends: AtomicBool,
+}
+
+impl<'a> Node<'a> {
+    pub fn of(database: Database<'a>) -> Self {
+        let Database { stage, name, image, server } = database;
+        let place = server.place().clone();
+        let uid = stage.pod_uid(&format!("{name}-0")).unwrap();
+        let running = Mutex::new(Some((uid, server)));
+        Self { stage, name, image, place, running, ends: AtomicBool::new(false) }
+    }
+
+    /// Of a StatefulSet at zero, whose image has no database yet.
+    pub fn empty(stage: &'a Stage, name: &str, place: Place) -> Self {
+        let claim = Claim::bound(&stage.lab, stage.namespace.name(), &format!("data-{name}-0")).unwrap();
+        let (image, running) = (claim.image().unwrap(), Mutex::new(None));
+        Self { stage, name: name.to_owned(), image, place, running, ends: AtomicBool::new(false) }
+    }
+
+    /// Runs `work` beside the stand-in.
+    pub fn play<T>(&self, work: impl FnOnce() -> T) -> T {
+        /// Ends the stand-in also when `work` panics.
+        struct End<'a>(&'a AtomicBool);
+        impl Drop for End<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::Relaxed);
+            }
+        }
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !self.ends.load(Ordering::Relaxed) {
+                    self.look();
+                    thread::sleep(LOOK);
+                }
+            });
+            let _end = End(&self.ends);
+            work()
+        })
+    }
+
+    fn look(&self) {
+        let wanted = self.stage.pod_uid(&format!("{}-0", self.name));
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        if running.as_ref().map(|(uid, _)| uid) != wanted.as_ref() {
+            // Ends the server, unmounts and unmaps.
+            *running = None;
+        }
+        let (None, Some(uid)) = (&*running, wanted) else { return };
+        let server = Server::again(&self.stage.lab, DEBIAN_MAJOR, &self.image, self.place.clone());
+        *running = Some((uid, server));
+        self.stage.show_ready(&self.name);
+    }
+
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    pub fn sql(&self, query: &str) -> String {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        running.as_ref().unwrap().1.sql(query)
+    }
+
+    /// A writer that says which of its rows were acknowledged.
+    pub fn ledger(&self) -> Process {
+        self.sql("CREATE TABLE IF NOT EXISTS ledger (n int PRIMARY KEY)");
+        let mut shell = self.stage.lab.command("bash");
+        shell.args(["-c", LEDGER]).env("PGPASSWORD", PASSWORD).env("PGUSER", "postgres");
+        shell.env("PGHOST", BRIDGE_ADDRESS.to_string()).env("PGPORT", self.place.port().to_string());
+        self.stage.lab.spawn_inside(&format!("ledger-{}", self.place.port()), &shell).unwrap()
+    }
+
+    pub fn order_backup(&self, name: &str) {
+        let spec = json!({"statefulSet": self.name});
+        self.stage.apply(&json!({"apiVersion": "howdah.dev/v1alpha1", "kind": "PostgresBackup",
+            "metadata": {"name": name}, "spec": spec}));
+    }
+
+    /// Takes a backup and waits for its end.
+    pub fn back_up(&self, name: &str) -> backup::BackupStatus {
+        self.order_backup(name);
+        let status = self.stage.wait_over(name);
+        assert_eq!(status.phase, backup::Phase::Taken, "{status:?}");
+        status
+    }
+
+    pub fn order(&self, name: &str, what: Value) {
+        let mut spec = json!({"statefulSet": self.name});
+        spec.as_object_mut().unwrap().extend(what.as_object().unwrap().clone());
+        self.stage.apply(&json!({"apiVersion": "howdah.dev/v1alpha1", "kind": "PostgresRestore",
+            "metadata": {"name": name}, "spec": spec}));
+    }
+
+    pub fn wait_over(&self, restore: &str) -> RestoreStatus {
+        let status = || self.stage.restore(restore).unwrap_or_default();
+        let over = wait_until(RESTORE_LIMIT, || status().phase.is_terminal());
+        assert!(over, "{:#?}\n{}", status(), self.stage.scheduler_log());
+        status()
+    }
+
+    /// Restores, waits for the end, and checks what holds after every restore that went well.
+    pub fn restore(&self, name: &str, what: Value) -> RestoreStatus {
+        self.order(name, what);
+        let status = self.wait_over(name);
+        self.check_completed(&status);
+        status
+    }
+
+    pub fn check_completed(&self, status: &RestoreStatus) {
+        assert_eq!(status.phase, Phase::Completed, "{status:#?}");
+        assert!(status.proofs.iter().all(|proof| proof.holds) && status.failure.is_none(), "{status:#?}");
+        assert_eq!(self.gate(), "");
+        let replicas = status.replicas_after.or(status.replicas).unwrap();
+        assert_eq!(self.field("{.spec.replicas}"), replicas.to_string());
+        let live = self.id(&self.image);
+        assert_eq!(self.claim().journal("csi.imageid").unwrap(), live, "ceph-csi would delete another image");
+        let images = self.images();
+        assert!(
+            images.iter().all(|image| !image.contains(".howdah-new-")),
+            "a clone is left over: {images:?}"
+        );
+        match status.method.unwrap() {
+            Method::Swap => {
+                assert_eq!(status.incoming.as_ref().unwrap().id, live);
+                let safety = status.safety_image.as_ref().unwrap();
+                assert_eq!(self.id(&safety.spec()), safety.id, "the safety copy is another image");
+            }
+            Method::Rollback => {
+                assert_eq!(status.image.as_ref().unwrap().id, live);
+                let safety = &status.safety_snapshot.as_ref().unwrap().name;
+                assert!(self.stage.lab.rbd(&["snap", "ls", &self.image]).unwrap().contains(safety));
+            }
+        }
+        // Somebody who deletes the record is not held up.
+        let finalizers = self.stage.restore_record(status).metadata.finalizers.unwrap_or_default();
+        assert!(finalizers.is_empty(), "{finalizers:?}");
+    }
+
+    /// The keys of the metadata of an image of howdah's: lineage, catalogue, holds.
+    pub fn marks(&self, image: &str) -> Vec<String> {
+        let text = self.stage.lab.rbd(&["image-meta", "list", "--format", "json", image]).unwrap();
+        let metadata: Value = serde_json::from_str(&text).unwrap_or_default();
+        let keys = metadata.as_object().into_iter().flatten().map(|(key, _)| key);
+        keys.filter(|key| key.starts_with(names::ANNOTATION_PREFIX)).cloned().collect()
+    }
+
+    /// Stops the database, and waits until nobody has its image open.
+    pub fn stop(&self) {
+        self.stage.kubectl(&["scale", "statefulset", &self.name, "--replicas=0"]);
+        let pod = format!("{}-0", self.name);
+        let at_rest = || self.claim().watchers().is_ok_and(|watchers| watchers.is_empty());
+        assert!(wait_slowly(START_LIMIT, || self.stage.pod_uid(&pod).is_none() && at_rest()));
+    }
+
+    /// Starts it again.
+    pub fn start(&self) {
+        self.stage.kubectl(&["scale", "statefulset", &self.name, "--replicas=1"]);
+        self.wait_up();
+    }
+
+    /// Waits until its server runs.
+    pub fn wait_up(&self) {
+        let back = || self.running.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        assert!(wait_until(RESTORE_LIMIT, back));
+    }
+
+    pub fn field(&self, jsonpath: &str) -> String {
+        self.stage.kubectl(&["get", "statefulset", &self.name, "-o", &format!("jsonpath={jsonpath}")])
+    }
+
+    pub fn gate(&self) -> String {
+        self.field(r"{.metadata.annotations.howdah\.dev/gate}")
+    }
+
+    pub fn claim(&self) -> Claim {
+        Claim::bound(&self.stage.lab, self.stage.namespace.name(), &format!("data-{}-0", self.name)).unwrap()
+    }
+
+    pub fn id(&self, image: &str) -> String {
+        let info = self.stage.lab.rbd(&["info", "--format", "json", image]).unwrap();
+        serde_json::from_str::<Value>(&info).unwrap()["id"].as_str().unwrap().to_owned()
+    }
+
+    /// The names of all images of the volume.
+    pub fn images(&self) -> Vec<String> {
+        let all = self.stage.lab.rbd(&["ls", POOL]).unwrap();
+        all.lines().filter(|name| name.starts_with(name_of(&self.image))).map(str::to_owned).collect()
+    }
+}
+
+impl Stage {
+    fn restores(&self) -> Api<PostgresRestore> {
+        Api::namespaced(self.client.clone(), self.namespace.name())
+    }
+
+    pub fn restore(&self, name: &str) -> Option<RestoreStatus> {
+        self.runtime.block_on(self.restores().get_opt(name)).unwrap()?.status
+    }
+
+    /// The record with this status: no two are alike.
+    fn restore_record(&self, status: &RestoreStatus) -> PostgresRestore {
+        let all = self.runtime.block_on(self.restores().list(&ListParams::default())).unwrap().items;
+        all.into_iter().find(|record| record.status.as_ref() == Some(status)).unwrap()
+    }
+
+    /// Waits until a restore's status is so, and returns at that moment.
+    pub fn wait_restore(&self, restore: &str, so: impl Fn(&RestoreStatus) -> bool) {
+        self.runtime.block_on(async {
+            let only = watcher::Config::default().fields(&format!("metadata.name={restore}"));
+            let stream = watcher(self.restores(), only).applied_objects();
+            pin_mut!(stream);
+            let reached = async {
+                while let Some(Ok(found)) = stream.next().await {
+                    if so(&found.status.unwrap_or_default()) {
+                        return;
+                    }
+                }
+            };
+            tokio::time::timeout(RESTORE_LIMIT, reached).await.unwrap();
+        });
+    }
+
+    /// Waits until one of the restores is so, and returns true at that moment, or false when all are over.
+    fn wait_any(&self, restores: &[String], so: impl Fn(&RestoreStatus) -> bool) -> bool {
+        self.runtime.block_on(async {
+            let stream = watcher(self.restores(), watcher::Config::default()).applied_objects();
+            pin_mut!(stream);
+            let mut over = HashSet::new();
+            let reached = async {
+                while let Some(Ok(found)) = stream.next().await {
+                    let name = found.metadata.name.unwrap_or_default();
+                    let status = found.status.unwrap_or_default();
+                    if !restores.contains(&name) {
+                        continue;
+                    }
+                    if so(&status) {
+                        return true;
+                    }
+                    if status.phase.is_terminal() {
+                        over.insert(name);
+                    }
+                    if over.len() == restores.len() {
+                        return false;
+                    }
+                }
+                false
+            };
+            tokio::time::timeout(RESTORE_LIMIT, reached).await.unwrap()
+        })
+    }
+
+    /// The uid of a pod; none when there is none, or when it is going.
+    pub fn pod_uid(&self, pod: &str) -> Option<String> {
+        let pods = Api::<Pod>::namespaced(self.client.clone(), self.namespace.name());
+        let found = self.runtime.block_on(pods.get_opt(pod)).unwrap()?;
+        found.metadata.deletion_timestamp.is_none().then_some(found.metadata.uid?)
+    }
+}
+
+pub fn acknowledged(ledger: &Process) -> Vec<u32> {
+    ledger.output().unwrap().lines().filter_map(|line| line.parse().ok()).collect()
+}
+
+/// A scheduler that is killed in the phases of restores, and started again as a container is: under the same name, so that it
+/// leads at once.
+pub struct Killer<'a> {
+    stage: &'a Stage,
+    scheduler: Process,
+    /// Each listens on a port of its own: the last one's may be in use for a moment.
+    port: u16,
+}
+
+impl<'a> Killer<'a> {
+    pub fn new(stage: &'a Stage) -> Self {
+        let port = 18081;
+        Self { stage, scheduler: stage.scheduler("scheduler-killed", port), port }
+    }
+
+    /// Kills the scheduler whenever one of the restores is in a pending phase, and takes every phase that one of them was
+    /// left in from the pending ones; until none is pending or the restores are over.
+    pub fn kill_in(&mut self, restores: &[String], pending: &mut HashSet<Phase>) {
+        while !pending.is_empty() {
+            let hit = |status: &RestoreStatus| pending.contains(&status.phase);
+            if !self.stage.wait_any(restores, hit) {
+                return;
+            }
+            self.scheduler.signal(Signal::SIGKILL).unwrap();
+            assert!(self.scheduler.wait_gone(RESTORE_LIMIT));
+            for restore in restores {
+                pending.remove(&self.stage.restore(restore).unwrap_or_default().phase);
+            }
+            self.port += 1;
+            self.scheduler = self.stage.scheduler("scheduler-killed", self.port);
+        }
+    }
+
+    pub fn end(self) {
+        self.scheduler.stop().unwrap();
+    }
+}
