@@ -192,8 +192,9 @@ const HEADER: &str = "\
 
 Asked of a Kubernetes API server on which `deploy/overlays/rook` was applied. Every other verb on every other
 resource was asked too, and refused. Rights that every service account has (to ask about itself) are left out.
-No account may read a Secret outside this table, run a command in a pod, or delete or evict a pod. The scheduler may
-patch StatefulSets: a restore annotates and scales them.
+No account may read a Secret outside this table, run a command in a pod, or delete or evict a pod outside howdah-verify.
+The scheduler may patch StatefulSets: a restore annotates and scales them. Of PersistentVolumes it makes and deletes those
+of its restore drills alone: the policy howdah-scheduler-volumes (deploy/base/verify.yaml) refuses the rest.
 ";
 
 fn user(account: &str) -> (String, Vec<String>) {
