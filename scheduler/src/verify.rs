@@ -17,9 +17,9 @@ use howdah_core::names;
 use howdah_core::verify::{self, Effect, Event, Phase, VerifyStatus};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim, Pod};
-use kube::api::{DeleteParams, PostParams};
+use kube::api::{DeleteParams, ListParams, PostParams};
 use kube::runtime::events::{Event as ClusterEvent, EventType};
-use kube::{Api, Resource, ResourceExt as _};
+use kube::{Api, Client, Resource, ResourceExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tracing::{info, warn};
@@ -35,6 +35,8 @@ use crate::run::{self, Operation};
 /// How long an effect may take, beyond the limits of the single calls inside: a clone is made in seconds, and removing one
 /// takes as long as Ceph needs to delete what recovery has written.
 const EFFECT_LIMIT: Duration = Duration::from_secs(900);
+/// What is swept up at a time; more than a few were never left.
+const SWEEP_MAX: u32 = 20;
 /// Looks whether something that was deleted is gone, before the step is tried again later.
 const GONE_TRIES: u32 = 20;
 /// Pause between these looks: a pod ends and a node unmaps its volume in some seconds.
@@ -143,9 +145,50 @@ impl Drill<'_> {
 
     /// Whether it can begin. Nothing is made.
     async fn preflight(&mut self, status: &BackupStatus) -> Result<Event, Problem> {
-        self.source(status).await?;
+        let (image, _) = self.source(status).await?;
         self.original().await?;
+        self.sweep(&image).await;
         Ok(Event::PreflightPassed)
+    }
+
+    /// Takes away what other drills left: one whose record was deleted under it, or that could not be taken away then. There
+    /// is one drill at a time, so whatever is another's is nobody's.
+    async fn sweep(&mut self, image: &ImageRecord) {
+        let client = self.cx.kubernetes.client().clone();
+        let own = name_of(&self.uid());
+        let listed = ListParams::default().labels(names::DRILL_LABEL).limit(SWEEP_MAX);
+        let volumes = Api::<PersistentVolume>::all(client.clone());
+        let left = match call("list the volumes of restore drills", volumes.list(&listed)).await {
+            Ok(volumes) => volumes.items,
+            Err(error) => return warn!(error = %error, "sweep up after restore drills"),
+        };
+        for name in left.iter().map(ResourceExt::name_any).filter(|name| *name != own) {
+            match take_objects(client.clone(), &name).await {
+                Ok(()) => info!(name, "took away what a restore drill had left"),
+                Err(problem) => warn!(name, reason = problem.reason, "sweep up after restore drills"),
+            }
+        }
+        if let Err(problem) = self.sweep_clones(image, &own).await {
+            warn!(reason = problem.reason, "sweep up after restore drills");
+        }
+    }
+
+    async fn sweep_clones(&mut self, image: &ImageRecord, own: &str) -> Result<(), Problem> {
+        let ceph = self.ceph().await?;
+        let pool = match image.rados_namespace.as_str() {
+            "" => image.pool.clone(),
+            namespace => format!("{}/{namespace}", image.pool),
+        };
+        let images = ceph.images(&pool).await.map_err(of_ceph)?;
+        let left = images.into_iter().filter(|name| name.starts_with(names::DRILL_PREFIX) && name != own);
+        for name in left.take(SWEEP_MAX as usize) {
+            let clone = ImageRecord { name, ..image.clone() }.spec();
+            if ceph.watchers(&clone).await.map_err(of_ceph)?.is_empty() {
+                ceph.remove_unused(&clone).await.map_err(of_ceph)?;
+                info!(clone, "removed a clone that a restore drill had left");
+            }
+        }
+        Ok(())
     }
 
     /// Clones the snapshot from nothing: what an earlier try left may have been written to.
@@ -219,10 +262,7 @@ impl Drill<'_> {
     async fn remove(&mut self, status: &BackupStatus) -> Result<Event, Problem> {
         let client = self.cx.kubernetes.client().clone();
         let name = name_of(&self.uid());
-        delete(&Api::<Pod>::namespaced(client.clone(), names::VERIFY_NAMESPACE), &name).await?;
-        delete(&Api::<PersistentVolumeClaim>::namespaced(client.clone(), names::VERIFY_NAMESPACE), &name)
-            .await?;
-        delete(&Api::<PersistentVolume>::all(client), &name).await?;
+        take_objects(client, &name).await?;
         let Some(image) = &status.image else { return Ok(Event::Removed) };
         let clone = self.clone_of(image).spec();
         let ceph = self.ceph().await?;
@@ -418,6 +458,13 @@ where
         )),
         Err(error) => Err(of_kubernetes(&error)),
     }
+}
+
+/// Deletes pod, claim and volume of a drill, and waits until they are gone.
+async fn take_objects(client: Client, name: &str) -> Result<(), Problem> {
+    delete(&Api::<Pod>::namespaced(client.clone(), names::VERIFY_NAMESPACE), name).await?;
+    delete(&Api::<PersistentVolumeClaim>::namespaced(client.clone(), names::VERIFY_NAMESPACE), name).await?;
+    delete(&Api::<PersistentVolume>::all(client), name).await
 }
 
 /// Deletes an object and waits until it is gone.

@@ -9,7 +9,12 @@ give_up() {
     exit 1
 }
 
-[ -s "$PGDATA/PG_VERSION" ] || give_up "there is no PG_VERSION in $PGDATA"
+# Where the image says, or where a data directory is on the volume: some images tell only their own entrypoint.
+for PGDATA in "${PGDATA:-/nowhere}" "$HOWDAH_MOUNT" "$HOWDAH_MOUNT"/* "$HOWDAH_MOUNT"/*/*; do
+    [ ! -s "$PGDATA/PG_VERSION" ] || [ ! -d "$PGDATA/global" ] || break
+done
+[ -s "$PGDATA/PG_VERSION" ] || give_up "there is no data directory of PostgreSQL on the volume at $HOWDAH_MOUNT"
+export PGDATA
 if [ "$(id -u)" = 0 ]; then
     # PostgreSQL does not run as root; whose the data is, it is.
     owner=$(stat -c %u "$PGDATA")
@@ -42,6 +47,8 @@ now_ms() {
 }
 # What PostgreSQL says when it is the data that is bad, and not the place it is started in.
 BAD='PANIC|invalid page|invalid .*checkpoint|could not locate a valid checkpoint|checksum|could not read blocks?|could not read file "(base|global|pg_wal|pg_xact)|unexpected data beyond EOF|missing chunk number|could not access status of transaction|database files are incompatible|control file contains invalid|corrupt'
+# What it says when the disk or the memory of this place is at fault, or when somebody ended it.
+PLACE='No space left|Input/output error|Cannot allocate memory|out of memory|could not resize shared memory|canceling statement|terminating connection|server closed the connection|connection to server'
 say() {
     # $1: what is wrong, or nothing.
     {
@@ -62,8 +69,7 @@ say() {
 # Condemns the backup if the text tells of bad data; else it is somebody else's fault.
 judge() {
     bad=$(printf '%s\n' "$2" | grep -E -m 1 "$BAD" || :)
-    # The disk or the memory of this place may be at fault.
-    if [ -n "$bad" ] && ! printf '%s\n' "$2" | grep -qE 'No space left|Input/output error|Cannot allocate memory'; then
+    if [ -n "$bad" ] && ! printf '%s\n' "$2" | grep -qE "$PLACE"; then
         say "$1: $bad"
     fi
     give_up "$1: $(printf '%s\n' "$2" | tail -n 1)"
@@ -78,11 +84,11 @@ printf "include_if_exists '%s/postgresql.conf'\n" "$PGDATA" >"$work/conf"
 started=$(now_ms)
 # Nothing it does reaches anybody: no network, no archive, no standby, no job of its own. The little memory is for reading.
 postgres -D "$PGDATA" \
-    -c config_file="$work/conf" -c hba_file="$work/hba" -c external_pid_file= \
+    -c config_file="$work/conf" -c data_directory="$PGDATA" -c hba_file="$work/hba" -c external_pid_file= \
     -c listen_addresses= -c port=5432 -c unix_socket_directories="$work" -c ssl=off \
     -c archive_mode=off -c archive_command= -c restore_command= -c primary_conninfo= -c synchronous_standby_names= \
     -c max_logical_replication_workers=0 -c autovacuum=off -c logging_collector=off -c log_destination=stderr \
-    -c log_min_messages=warning -c shared_buffers=64MB -c huge_pages=off -c jit=off -c max_connections=20 \
+    -c log_min_messages=warning -c shared_buffers=64MB -c huge_pages=off -c jit=off -c max_parallel_workers_per_gather=0 -c max_connections=20 \
     -c max_wal_senders=0 -c superuser_reserved_connections=0 >"$log" 2>&1 &
 server=$!
 ask() { psql -h "$work" -p 5432 -U "$role" -X -A -t -q -v ON_ERROR_STOP=1 "$@"; }
@@ -120,8 +126,12 @@ done <"$work/databases"
 if command -v pg_amcheck >/dev/null; then
     code=0
     pg_amcheck -h "$work" -p 5432 -U "$role" --all --install-missing >"$work/amcheck" 2>&1 || code=$?
-    # 2 is its word for corruption; 1 is for what it could not do, such as an extension that is not there.
-    [ "$code" != 2 ] || say "pg_amcheck: $(head -n 2 "$work/amcheck" | tr '\n' ' ')"
+    # 1 is for what it cannot do at all, such as an extension that is not there; 2 for corruption, and for a check that this
+    # place had no room for.
+    if [ "$code" = 2 ]; then
+        ! grep -qE "$PLACE" "$work/amcheck" || give_up "pg_amcheck: $(grep -E -m 1 "$PLACE" "$work/amcheck")"
+        say "pg_amcheck: $(head -n 2 "$work/amcheck" | tr '\n' ' ')"
+    fi
 fi
 
 if [ -n "${HOWDAH_QUERY:-}" ]; then

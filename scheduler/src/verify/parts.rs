@@ -113,6 +113,9 @@ fn pod_spec(name: &str, original: &Original) -> Value {
         json!({"name": "HOWDAH_DRILL", "value": SCRIPT}),
         json!({"name": "HOWDAH_ROLE", "value": plain(SUPERUSER_ENV).unwrap_or_else(|| SUPERUSER.to_owned())}),
     ];
+    let mount =
+        container.volume_mounts.iter().flatten().find(|mount| original.mounted_as.contains(&mount.name));
+    env.extend(mount.map(|mount| json!({"name": "HOWDAH_MOUNT", "value": mount.mount_path})));
     env.extend(plain("PGDATA").map(|path| json!({"name": "PGDATA", "value": path})));
     let asked = [("HOWDAH_QUERY", &query.query), ("HOWDAH_DATABASE", &query.database)];
     env.extend(
@@ -209,7 +212,7 @@ mod tests {
         assert_eq!((mounts.len(), mounts[0].mount_path.as_str()), (1, "/data"));
         let names: Vec<&str> =
             container.env.iter().flatten().map(|variable| variable.name.as_str()).collect();
-        assert_eq!(names, ["HOWDAH_DRILL", "HOWDAH_ROLE", "PGDATA"]);
+        assert_eq!(names, ["HOWDAH_DRILL", "HOWDAH_ROLE", "HOWDAH_MOUNT", "PGDATA"]);
         assert_eq!(spec.security_context.unwrap().fs_group, Some(999));
     }
 

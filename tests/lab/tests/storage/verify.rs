@@ -70,7 +70,8 @@ impl Stage {
         }
         let path = std::env::var("PATH").unwrap();
         script
-            .env("PGDATA", mapping.path().join("data"))
+            .env("HOWDAH_MOUNT", mapping.path())
+            .env_remove("PGDATA")
             .env("HOWDAH_REPORT", report.path())
             .env("PATH", format!("{PROGRAMS}/{DEBIAN_MAJOR}/bin:{path}"));
         let command: Vec<&str> =
@@ -104,16 +105,19 @@ impl Stage {
 
     /// Whether anything of the drill of a backup is left, wherever it may be.
     fn nothing_left(&self, backup: &str) {
-        let name = self.drill_name(backup);
+        self.nothing_named(&self.drill_name(backup));
+    }
+
+    fn nothing_named(&self, name: &str) {
         for kind in ["pod", "pvc"] {
-            assert_eq!(self.in_drills(&["get", kind, &name, "--ignore-not-found", "-o", "name"]), "");
+            assert_eq!(self.in_drills(&["get", kind, name, "--ignore-not-found", "-o", "name"]), "");
         }
         assert_eq!(
-            self.lab.kubectl_ok(&["get", "pv", &name, "--ignore-not-found", "-o", "name"]).unwrap(),
+            self.lab.kubectl_ok(&["get", "pv", name, "--ignore-not-found", "-o", "name"]).unwrap(),
             ""
         );
         let images = self.lab.rbd(&["ls", POOL]).unwrap();
-        assert!(!images.contains(&name), "the clone is left: {images}");
+        assert!(!images.contains(name), "the clone is left: {images}");
     }
 }
 
@@ -246,6 +250,20 @@ fn a_drill_ends_the_same_in_whatever_phase_its_scheduler_is_killed() {
         assert_eq!(status.verification.unwrap().report.unwrap().rows, Some(10));
         stage.nothing_left("one");
     }
+
+    // A record that is deleted under its drill leaves the parts, and the next drill takes them away.
+    database.order("two", Some("crash"));
+    stage.wait_over("two");
+    stage.ask("two", "lost");
+    assert!(wait_until(DRILL_LIMIT, || stage.drill("two").phase == verify::Phase::Running));
+    let lost = stage.drill_name("two");
+    stage.kubectl(&["delete", "postgresbackup", "two"]);
+    stage.ask("one", "sweep");
+    assert!(wait_until(DRILL_LIMIT, || stage.drill("one").asked.as_deref() == Some("sweep")));
+    stage.play_drill("one");
+    stage.wait_drilled("one");
+    stage.nothing_left("one");
+    stage.nothing_named(&lost);
     scheduler.stop().unwrap();
 }
 
