@@ -433,12 +433,12 @@ spec: {selector: {matchLabels: {app: web}}, minAvailable: 1}
 "#;
         let (text, report) = lint(both, &[]);
         let found: Vec<_> = report.findings.iter().map(|f| (f.outcome.rule.id, f.place.line)).collect();
-        assert_eq!(found, [("autoscaler", Some(11)), ("disruption-budget", Some(19))], "{text}");
+        assert_eq!(found, [("autoscaler", Some(12)), ("disruption-budget", Some(20))], "{text}");
         assert_eq!((report.judged, report.dependents, report.others), (1, 2, 1));
         assert_eq!(report.exit_code(), EXIT_DENIED);
         for part in [
-            "db.yaml:11: denied [autoscaler] HorizontalPodAutoscaler shop/db: spec.maxReplicas is 4, wanted 1",
-            "db.yaml:19: warning [disruption-budget] PodDisruptionBudget shop/db: spec.minAvailable is 1",
+            "db.yaml:12: denied [autoscaler] HorizontalPodAutoscaler shop/db: spec.maxReplicas is 4, wanted 1",
+            "db.yaml:20: warning [disruption-budget] PodDisruptionBudget shop/db: spec.minAvailable is 1",
             "1 StatefulSet and 2 objects of theirs judged, 1 other object",
         ] {
             assert!(text.contains(part), "{part} is missing in\n{text}");

@@ -259,7 +259,7 @@ fn values(file: &str, text: &str) -> (Vec<Value>, Option<Trouble>) {
 /// Why the API server would not read a StatefulSet that is meant to be protected, as field and problem.
 fn mistake(manifest: &Manifest, lines: Option<&Node>) -> Option<(String, String)> {
     let Manifest { path, object } = manifest;
-    if lint::sort(object) == Sort::Other {
+    if matches!(lint::sort(object), Sort::Other | Sort::Dependent(_)) {
         return None;
     }
     if object["apiVersion"] != "apps/v1" {
