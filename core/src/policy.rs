@@ -27,6 +27,7 @@ mod layout;
 pub mod node_pinning;
 pub mod opt_out;
 pub mod parents;
+mod patch;
 mod reference;
 pub mod retention_policy;
 pub mod selector;
@@ -46,7 +47,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::annotations::{Mode, Settings};
+use crate::annotations::{AnnotationError, Mode, Settings};
 use crate::names;
 
 pub use answer::{WARNING_CHARS_MAX, WARNINGS_MAX};
@@ -294,6 +295,8 @@ pub struct Subject<'a> {
     pub request: &'a Request<'a>,
     /// What the annotations of the StatefulSet in question say.
     pub settings: &'a Settings,
+    /// Those of them that cannot be read.
+    pub unreadable: &'a [AnnotationError],
     /// What the cluster knows.
     pub facts: &'a ClusterFacts,
     /// When the review takes place.
@@ -500,21 +503,23 @@ pub fn mutate(request: &Request<'_>, facts: &ClusterFacts, now: Timestamp) -> Ve
     if !has_a_say(object) || made_by(object).is_some() {
         return verdict;
     }
-    let settings = readable_settings(object).0;
-    verdict.mode = Some(settings.mode);
-    let mut edited = object.clone();
+    let annotations = Annotations::without_schedules(object);
+    verdict.mode = Some(annotations.settings.mode);
+    let mut edited = patch::copy(object);
     match (request.operation, request.old_object) {
-        (Operation::Create, _) => defaults::on_create(&mut edited, &settings, facts, today(now)),
+        (Operation::Create, _) => {
+            defaults::on_create(&mut edited, &annotations.settings, facts, today(now));
+        }
         (Operation::Update, Some(old)) => defaults::on_update(&mut edited, old),
         _ => {}
     }
     // A mark for the API server alone: who only looks at an object is to see its defaults.
-    if request.user.is_some() && is_floored(&Request { object: Some(&edited), ..*request }, facts, now) {
+    let asked = Request { object: Some(&edited), ..*request };
+    if request.user.is_some() && is_floored(&asked, annotations, facts, now) {
         floor::mark(&mut edited);
     }
-    if edited != *object {
-        verdict.patch = Some(json_patch::diff(object, &edited));
-    }
+    let patch = patch::to_fill_in(object, &edited);
+    verdict.patch = (!patch.0.is_empty()).then_some(patch);
     verdict
 }
 
@@ -527,26 +532,50 @@ pub fn validate(request: &Request<'_>, facts: &ClusterFacts, now: Timestamp) -> 
         verdict.audit_annotations.insert("break-glass".to_owned(), user.name.clone());
         return verdict;
     }
-    let hearing = Hearing::new(request, governing, facts, now);
+    let hearing = Hearing::new(request, governing, Annotations::of(governing), facts, now);
     let rules = RULES.iter().filter(|rule| rule.targets.contains(&request.target));
     verdict.outcomes.extend(rules.flat_map(|rule| hearing.outcomes(rule)));
     if request.target == Target::StatefulSet && request.object.is_some_and(is_protected) {
-        verdict.outcomes.extend(exemptions::warnings(&hearing.settings, today(now)));
+        verdict.outcomes.extend(exemptions::warnings(&hearing.annotations.settings, today(now)));
     }
-    verdict.mode = Some(hearing.settings.mode);
+    verdict.mode = Some(hearing.annotations.settings.mode);
     answer::conclude(&mut verdict, governing, request);
     verdict
 }
 
-/// Whether the floor would refuse this change to a StatefulSet: what [`validate`] finds of it, up to the first denial.
-fn is_floored(request: &Request<'_>, facts: &ClusterFacts, now: Timestamp) -> bool {
+/// Whether the floor would refuse this change to a StatefulSet, whose annotations say this: what [`validate`] finds of it,
+/// up to the first denial.
+fn is_floored(request: &Request<'_>, annotations: Annotations, facts: &ClusterFacts, now: Timestamp) -> bool {
     if request.user.is_some_and(User::breaks_the_glass) {
         return false;
     }
     let Some(governing) = governing(request, facts) else { return false };
-    let hearing = Hearing::new(request, governing, facts, now);
+    let hearing = Hearing::new(request, governing, annotations, facts, now);
     let rules = RULES.iter().filter(|rule| rule.floor.has_twin(request.target));
     rules.flat_map(|rule| hearing.outcomes(rule)).any(|outcome| floor::refuses(&outcome))
+}
+
+/// What howdah's annotations on an object say. They are read once for all rules: a schedule alone takes as long as many of
+/// the rules together.
+struct Annotations {
+    /// What those say that can be read.
+    settings: Settings,
+    /// The others.
+    unreadable: Vec<AnnotationError>,
+}
+
+impl Annotations {
+    fn of(object: &Value) -> Self {
+        let (settings, unreadable) = readable_settings(object);
+        Self { settings, unreadable }
+    }
+
+    /// Without those that take long to read, and on which no default and nothing that the floor holds depends.
+    fn without_schedules(object: &Value) -> Self {
+        const LONG: [&str; 4] = [names::SCHEDULE, names::VERIFY, names::TIME_ZONE, names::RETENTION];
+        let (settings, unreadable) = read_settings(object, |key| !LONG.contains(&key));
+        Self { settings, unreadable }
+    }
 }
 
 /// One request before the rules: what they look at, and what their findings are weighed by.
@@ -556,50 +585,59 @@ struct Hearing<'a> {
     now: Timestamp,
     /// The new object, or the old where there is no new.
     object: &'a Value,
-    /// What the annotations of the governing object say.
-    settings: Settings,
-    /// The object as it is, where its state is judged, with what its own annotations say: they are a part of the state,
-    /// and what they ask for now may be what makes a violation of it.
-    before: Option<(&'a Value, Settings)>,
+    /// Those of the governing object.
+    annotations: Annotations,
+    /// The object as it is, where its state is judged, and its own annotations where it has any: they are a part of the
+    /// state, and what they ask for now may be what makes a violation of it.
+    before: Option<(&'a Value, Option<Annotations>)>,
     made_by: Option<String>,
 }
 
 impl<'a> Hearing<'a> {
-    fn new(request: &'a Request<'a>, governing: &'a Value, facts: &'a ClusterFacts, now: Timestamp) -> Self {
-        let settings = readable_settings(governing).0;
+    fn new(
+        request: &'a Request<'a>,
+        governing: &'a Value,
+        annotations: Annotations,
+        facts: &'a ClusterFacts,
+        now: Timestamp,
+    ) -> Self {
         let old = request.old_object.filter(|_| request.operation == Operation::Update);
-        let before = old.map(|old| {
-            let of_set = request.target == Target::StatefulSet;
-            (old, if of_set { readable_settings(old).0 } else { settings.clone() })
-        });
+        let is_set = request.target == Target::StatefulSet;
+        let before = old.map(|old| (old, is_set.then(|| Annotations::of(old))));
         let object = request.object.or(request.old_object).unwrap_or(governing);
-        Self { request, facts, now, object, settings, before, made_by: made_by(governing) }
+        Self { request, facts, now, object, annotations, before, made_by: made_by(governing) }
+    }
+
+    fn subject<'b>(&'b self, object: &'b Value, annotations: &'b Annotations) -> Subject<'b> {
+        let Annotations { settings, unreadable } = annotations;
+        Subject { object, request: self.request, settings, unreadable, facts: self.facts, now: self.now }
     }
 
     /// Everything that `rule` finds, and what becomes of it.
     fn outcomes(&self, rule: &'static Rule) -> impl Iterator<Item = Outcome> {
-        let subject = |object, settings| {
-            let Self { request, facts, now, .. } = *self;
-            Subject { object, request, settings, facts, now }
-        };
         let (found, before) = match rule.check {
             Check::State(check) => match self.state() {
                 None => (Vec::new(), HashSet::new()),
                 Some(object) => {
-                    let found = check(&subject(object, &self.settings));
+                    let found = check(&self.subject(object, &self.annotations));
                     // Without a finding there is nothing that could have been there before.
                     let before = self.before.as_ref().filter(|_| !found.is_empty());
-                    let before = before.map(|(old, settings)| check(&subject(old, settings)));
+                    let before = before.map(|(old, annotations)| {
+                        check(&self.subject(old, annotations.as_ref().unwrap_or(&self.annotations)))
+                    });
                     (found, before.unwrap_or_default().into_iter().collect())
                 }
             },
             Check::Step(check) if self.request.user.is_some() => {
-                (check(&subject(self.object, &self.settings)), HashSet::new())
+                (check(&self.subject(self.object, &self.annotations)), HashSet::new())
             }
             Check::Step(_) => (Vec::new(), HashSet::new()),
         };
-        let context =
-            Context { settings: &self.settings, made_by: self.made_by.as_deref(), today: today(self.now) };
+        let context = Context {
+            settings: &self.annotations.settings,
+            made_by: self.made_by.as_deref(),
+            today: today(self.now),
+        };
         found.into_iter().map(move |finding| {
             let (effect, because) = context.weigh(rule, &finding, before.contains(&finding));
             Outcome { rule, finding, effect, because }
@@ -666,8 +704,18 @@ fn today(now: Timestamp) -> Date {
 }
 
 /// The settings of `object` from the annotations that can be read, and the errors of the others.
-fn readable_settings(object: &Value) -> (Settings, Vec<crate::annotations::AnnotationError>) {
-    let mut annotations = json::strings(object, &["metadata", "annotations"]);
+fn readable_settings(object: &Value) -> (Settings, Vec<AnnotationError>) {
+    read_settings(object, |_| true)
+}
+
+/// The same from the annotations with these keys alone.
+fn read_settings(object: &Value, wanted: impl Fn(&str) -> bool) -> (Settings, Vec<AnnotationError>) {
+    let entries = json::at(object, &["metadata", "annotations"]).and_then(Value::as_object);
+    // Those of others may be long, and are many.
+    let ours = entries.into_iter().flatten();
+    let ours = ours.filter(|(key, _)| key.starts_with(names::ANNOTATION_PREFIX) && wanted(key));
+    let mut annotations: BTreeMap<String, String> =
+        ours.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect();
     match crate::annotations::parse(&annotations) {
         Ok(settings) => (settings, Vec::new()),
         Err(errors) => {

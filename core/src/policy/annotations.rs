@@ -48,15 +48,15 @@ fn check(subject: &Subject<'_>) -> Vec<Finding> {
     if !super::is_protected(subject.object) {
         return Vec::new();
     }
-    let (settings, errors) = super::readable_settings(subject.object);
-    let mut findings: Vec<Finding> = errors
-        .into_iter()
+    let mut findings: Vec<Finding> = subject
+        .unreadable
+        .iter()
         .map(|error| {
             let found = format!("{:?}, which {}", error.value, error.problem);
-            Finding::new(field(&error.annotation), found, "a value that can be read").fix(error.fix)
+            Finding::new(field(&error.annotation), found, "a value that can be read").fix(error.fix.clone())
         })
         .collect();
-    for (id, exemption) in &settings.exemptions {
+    for (id, exemption) in &subject.settings.exemptions {
         let field = field(&format!("{}{id}", names::EXEMPT_PREFIX));
         let exemptible = || super::RULES.iter().filter(|rule| rule.exemption().is_some()).map(|rule| rule.id);
         if !exemptible().any(|known| known == id) {

@@ -8,7 +8,7 @@ use std::fmt;
 
 use serde_json::Value;
 
-use super::layout::{Ground, places};
+use super::layout::{Ground, Place, places};
 use super::{ClusterFacts, Finding, Request, Target, Weight, json};
 use crate::volume::is_rbd_driver;
 
@@ -188,13 +188,16 @@ pub(super) struct DataClaim<'a> {
     pub name: String,
     /// Name of the volume in the pod.
     pub volume: &'a str,
-    /// Whether a part of the database is known to lie on it.
-    pub holds_database: bool,
     /// The template it is made from; `None` for a claim the pod names.
     template: Option<&'a Value>,
 }
 
 impl DataClaim<'_> {
+    /// Whether one of these folders of the database lies on it.
+    pub fn holds(&self, places: &[Place<'_>]) -> bool {
+        places.iter().any(|place| place.ground == Ground::Claim(self.volume))
+    }
+
     /// Whether the claim is made from a template, and with it belongs to the StatefulSet.
     pub fn is_templated(&self) -> bool {
         self.template.is_some()
@@ -283,17 +286,20 @@ impl Unresolved {
 
 /// The claims that hold the database; all of them where it is not known on which it lies.
 pub(super) fn database_claims(object: &Value) -> Vec<DataClaim<'_>> {
+    database_claims_at(object, &places(object))
+}
+
+/// The same where it is known already which folders it has.
+pub(super) fn database_claims_at<'a>(object: &'a Value, places: &[Place<'_>]) -> Vec<DataClaim<'a>> {
     let mut claims = data_claims(object);
-    if claims.iter().any(|claim| claim.holds_database) {
-        claims.retain(|claim| claim.holds_database);
+    if claims.iter().any(|claim| claim.holds(places)) {
+        claims.retain(|claim| claim.holds(places));
     }
     claims
 }
 
 /// Every claim of a StatefulSet.
 pub(super) fn data_claims(object: &Value) -> Vec<DataClaim<'_>> {
-    let places = places(object);
-    let holds = |volume: &str| places.iter().any(|place| place.ground == Ground::Claim(volume));
     let set = json::string(object, &["metadata", "name"]).unwrap_or_default();
     let ordinal = json::integer(object, &["spec", "ordinals", "start"]).unwrap_or(0);
     let name_of = |value| json::string(value, &["name"]).unwrap_or("?");
@@ -305,7 +311,6 @@ pub(super) fn data_claims(object: &Value) -> Vec<DataClaim<'_>> {
             field: format!("spec.volumeClaimTemplates[{}].spec.storageClassName", template_name(template)),
             name: format!("{}-{set}-{ordinal}", template_name(template)),
             volume: template_name(template),
-            holds_database: holds(template_name(template)),
             template: Some(template),
         })
         .collect();
@@ -320,7 +325,6 @@ pub(super) fn data_claims(object: &Value) -> Vec<DataClaim<'_>> {
                 field: format!("{path}[{}].persistentVolumeClaim.claimName", name_of(volume)),
                 name: claim.to_owned(),
                 volume: name_of(volume),
-                holds_database: holds(name_of(volume)),
                 template: None,
             });
         }

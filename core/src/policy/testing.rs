@@ -25,8 +25,9 @@ pub(crate) fn check(
     object: &Value,
     facts: &ClusterFacts,
 ) -> Vec<Finding> {
-    let settings = readable_settings(facts.parent.as_ref().unwrap_or(object)).0;
-    let subject = Subject { object, request, settings: &settings, facts, now: now() };
+    let (settings, unreadable) = readable_settings(facts.parent.as_ref().unwrap_or(object));
+    let subject =
+        Subject { object, request, settings: &settings, unreadable: &unreadable, facts, now: now() };
     match rule.check {
         Check::State(check) | Check::Step(check) => check(&subject),
     }

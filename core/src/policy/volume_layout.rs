@@ -10,7 +10,7 @@
 //!
 //! **Fix.** One claim, mounted at or above `PGDATA`.
 
-use super::claims::{DataClaim, Pool, database_claims, resolve};
+use super::claims::{DataClaim, Pool, database_claims_at, resolve};
 use super::layout::{Ground, Place, places};
 use super::{Check, Finding, Floor, Refusal, Rule, Subject, Target, Weight};
 use crate::preflight::DEFAULT_DATA_DIRECTORY;
@@ -51,8 +51,8 @@ fn check(subject: &Subject<'_>) -> Vec<Finding> {
             ))
             .warning()
     }));
-    let claims = database_claims(subject.object);
-    findings.extend(in_several_pools(subject, &claims));
+    let claims = database_claims_at(subject.object, &places);
+    findings.extend(in_several_pools(subject, &claims, &places));
     for claim in &claims {
         let modes = claim.access_modes(subject.facts);
         if modes.iter().any(|mode| mode == MANY_WRITERS) {
@@ -97,8 +97,12 @@ fn lost_with_the_pod(places: &[Place<'_>]) -> Vec<Finding> {
 }
 
 /// The claims of a database that no single snapshot covers.
-fn in_several_pools(subject: &Subject<'_>, claims: &[DataClaim<'_>]) -> Option<Finding> {
-    let holding: Vec<&DataClaim<'_>> = claims.iter().filter(|claim| claim.holds_database).collect();
+fn in_several_pools(
+    subject: &Subject<'_>,
+    claims: &[DataClaim<'_>],
+    places: &[Place<'_>],
+) -> Option<Finding> {
+    let holding: Vec<&DataClaim<'_>> = claims.iter().filter(|claim| claim.holds(places)).collect();
     let pool = |claim: &DataClaim<'_>| resolve(claim, subject.request.namespace, subject.facts).ok()?.pool();
     let names: Vec<&str> = holding.iter().map(|claim| claim.volume).collect();
     let names = names.join(", ");
