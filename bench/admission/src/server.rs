@@ -106,7 +106,9 @@ impl Cluster {
             .args(["--listen", &reviews.to_string(), "--diagnostics", &diagnostics.to_string()])
             .args(["--namespace", name, "--configuration", name, "--name", &reviews.ip().to_string()])
             .arg("--kubeconfig")
-            .arg(self.lab.inside_kubeconfig());
+            .arg(self.lab.inside_kubeconfig())
+            // As it is installed (deploy/base/webhook-deployment.yaml).
+            .env("MALLOC_ARENA_MAX", "1");
         let start = Instant::now();
         let process = self.lab.spawn_inside("bench-howdah", &command)?;
         wait(&self.lab, || {

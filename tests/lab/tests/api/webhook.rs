@@ -245,7 +245,9 @@ impl Webhook {
             .args(["--name", &netns::BRIDGE_ADDRESS.to_string()])
             .arg("--kubeconfig")
             .arg(&self.kubeconfig)
-            .args(&self.flags);
+            .args(&self.flags)
+            // As in deploy/base/webhook-deployment.yaml; the test of the memory limit fails without.
+            .env("MALLOC_ARENA_MAX", "1");
         // The audits of tests side by side would write each other's reports; the test of the audit turns its own on.
         let defaults = [
             ("--log", "info,howdah_webhook=debug"),
