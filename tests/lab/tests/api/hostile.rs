@@ -194,9 +194,9 @@ async fn bodies_that_grow_when_they_are_read_stay_within_the_memory_limit() {
     let (lab, address) = (&webhook.lab, webhook.replica(0).reviews);
     // As large as each may be: a little more is refused.
     let bombs = [
-        ("[", "0,", "0]", 1_300_000),
-        ("[", r#"{"":0},"#, "0]", 330_000),
-        ("{", r#""a":{},"#, r#""b":0}"#, 600_000),
+        ("[", "0,", "0]", 866_000),
+        ("[", r#"{"":0},"#, "0]", 220_000),
+        ("{", r#""a":{},"#, r#""b":0}"#, 400_000),
     ];
     std::thread::scope(|scope| {
         for (begin, repeated, end, times) in bombs {
