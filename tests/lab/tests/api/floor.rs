@@ -14,11 +14,10 @@ use crate::policy::{ensure_classes, fixtures, folders, folders_and_files};
 use crate::scene::Scene;
 use crate::webhook::{Answer, Webhook, send};
 
-/// What the API server puts before a message of the floor.
-pub 
 /// Plays of a fixture whose pod the collector takes away in the middle; it seldom does once.
 const COLLECTED_TRIES: u32 = 3;
-const BY_POLICY: &str = "ValidatingAdmissionPolicy";
+/// What the API server puts before a message of the floor.
+pub const BY_POLICY: &str = "ValidatingAdmissionPolicy";
 
 fn database(name: &str, replicas: i64) -> Value {
     json!({
