@@ -380,8 +380,10 @@ fn check(order: &Order, status: &RestoreStatus, world: &World) {
     assert!(status.finished_at.is_some());
     assert!(status.steps.iter().all(|step| step.outcome.is_some() && step.took_ms.is_some()));
     if status.phase == Phase::Stuck {
-        assert_eq!(world.gate.as_deref(), Some("restore/db-restore"), "stuck with the gate open");
         let failure = status.failure.as_ref().unwrap();
+        // Whoever dies while it opens the gate cannot know whether it is open: everything else is done by then.
+        let closed = world.gate.as_deref() == Some("restore/db-restore");
+        assert!(closed || failure.step == Phase::Opening, "stuck in {:?} with the gate open", failure.step);
         assert!(failure.cure.contains("kubectl howdah restore retry db-restore"), "{failure:?}");
         return;
     }
