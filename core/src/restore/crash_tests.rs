@@ -655,6 +655,26 @@ fn any_blow() -> impl Strategy<Value = Blow> {
     })
 }
 
+#[test]
+fn a_death_anywhere_and_failures_without_end_after_it_leave_nothing_unsaid() {
+    // More than all tries of all phases.
+    const WITHOUT_END: usize = 200;
+    for order in orders() {
+        for world in World::all(&order) {
+            let (_, effects) = run(&order, &mut world.clone(), &[]);
+            for death in 0..effects {
+                for good in 0..=effects {
+                    let mut world = world.clone();
+                    world.script = std::iter::repeat_n(false, good).collect();
+                    world.script.extend(std::iter::repeat_n(true, WITHOUT_END));
+                    let (status, _) = run(&order, &mut world, &[Blow::Within(death)]);
+                    check(&order, &status, &world);
+                }
+            }
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn every_history_of_failures_deaths_and_requests_ends_well(
