@@ -51,6 +51,8 @@ if ! wait "$build"; then
     exit 1
 fi
 build=
+# The scheduler that the storage tests share runs on; it would lead in the place of the one in the cluster.
+"$lab" down
 "$lab" up --nodes 3
 run "cluster level (three nodes, howdah installed)" --test cluster -- --test-threads="$threads"
 # These break nodes, so nothing else may use them meanwhile.
