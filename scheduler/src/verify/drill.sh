@@ -75,6 +75,8 @@ judge() {
     give_up "$1: $(printf '%s\n' "$2" | tail -n 1)"
 }
 
+# A kubelet that applies an fsGroup opens it to the group, and PostgreSQL refuses that; the images' entrypoints close it, too.
+chmod 0700 "$PGDATA"
 # The clone is of a running server, which is not here.
 rm -f "$PGDATA/postmaster.pid" "$PGDATA/standby.signal" "$PGDATA/recovery.signal" "$PGDATA/recovery.conf"
 printf 'local all all trust\n' >"$work/hba"

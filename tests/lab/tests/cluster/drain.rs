@@ -9,7 +9,9 @@ use anyhow::{Context, Result, ensure};
 use howdah_core::backup::Phase;
 use howdah_lab::demo::load;
 use howdah_lab::lab::Lab;
+use howdah_lab::process::{self, Identity};
 use howdah_lab::storage::claim::wait_slowly;
+use nix::sys::signal::Signal;
 
 use crate::database::{BACKUP_LIMIT, Database, START_LIMIT};
 
@@ -17,6 +19,8 @@ use crate::database::{BACKUP_LIMIT, Database, START_LIMIT};
 const MOVE_LIMIT: Duration = Duration::from_secs(420);
 /// A drain may have to wait for a whole backup, and then for the pod's end.
 const DRAIN_LIMIT: &str = "--timeout=400s";
+/// The lab's name for Ceph's one OSD.
+const OSD: &str = "ceph-osd.0";
 /// kubectl starts in a second; a step of a backup may take half a minute before it fails.
 const TOLD_LIMIT: Duration = Duration::from_secs(30);
 /// Backups that the drain may miss the middle of before the test gives up.
@@ -73,18 +77,20 @@ fn held(database: &Database) -> Result<bool> {
 }
 
 /// Ceph answers nobody until this is dropped, so that a backup in its middle stays there.
-struct Paused<'a>(&'a Lab);
+struct Paused(Identity);
 
-impl<'a> Paused<'a> {
-    fn now(lab: &'a Lab) -> Result<Self> {
-        lab.ceph(&["osd", "set", "pause"])?;
-        Ok(Self(lab))
+impl Paused {
+    /// At once: the middle of a backup may last two seconds, in which no `ceph` command has begun.
+    fn now(lab: &Lab) -> Result<Self> {
+        let osd = process::running(lab, OSD).context("find the OSD")?.identity();
+        osd.signal(Signal::SIGSTOP)?;
+        Ok(Self(osd))
     }
 }
 
-impl Drop for Paused<'_> {
+impl Drop for Paused {
     fn drop(&mut self) {
-        if let Err(error) = self.0.ceph(&["osd", "unset", "pause"]) {
+        if let Err(error) = self.0.signal(Signal::SIGCONT) {
             eprintln!("let Ceph go on: {error:#}");
         }
     }
