@@ -103,19 +103,19 @@ fn drain_in_a_backup(database: &Database) -> Result<bool> {
     database.annotate(&["howdah.dev/suspend=false"])?;
     database.wait("a backup in its middle", || held(database))?;
     let paused = Paused::now(&database.lab)?;
-    let said = tempfile::NamedTempFile::new().context("make a file for what the drain says")?;
     let mut drain = database.lab.command(database.lab.path("bin/kubectl"));
     drain.args(["drain", &node.name, "--pod-selector=howdah.dev/protect=true", DRAIN_LIMIT]);
-    let mut drain = drain.stdin(Stdio::null()).stderr(said.reopen()?).spawn().context("run kubectl drain")?;
-    let read = || std::fs::read_to_string(said.path()).unwrap_or_default();
+    let mut drain = drain.stdin(Stdio::null()).spawn().context("run kubectl drain")?;
+    // kubectl's client tries a 429 again by itself, ten times, before kubectl says a word; the denial is an Event, too.
+    let denials =
+        ["get", "events", "--field-selector=reason=RequestDenied", "-o", "jsonpath={.items[*].message}"];
     let waited = wait_slowly(TOLD_LIMIT, || {
-        let said = read();
-        said.contains("will retry after 5s") && said.contains("[eviction]")
+        database.kubectl(&denials).is_ok_and(|denials| denials.contains("[eviction]"))
     });
     drop(paused);
     database.annotate(&["howdah.dev/suspend=true"])?;
     let status = drain.wait().context("wait for kubectl drain")?;
-    ensure!(status.success(), "the drain failed: {}", read());
+    ensure!(status.success(), "the drain failed");
     moved(database, &node.name, ROWS)?;
     Ok(waited)
 }
