@@ -191,5 +191,6 @@ fn a_snapshot_of_a_stalled_writer_fails_and_the_writer_lives_on() {
     assert!(!blocklist.contains(&watcher.address), "{blocklist}");
     assert!(writer.wait_gone(FINISH_LIMIT), "the writer does not finish: {}", writer.output().unwrap());
     let output = writer.output().unwrap();
-    assert!(output.contains("ops/sec") && !output.contains("108"), "{output}");
+    // What a blocklisted client gets; the number alone may as well be writes a second.
+    assert!(output.contains("ops/sec") && !output.contains("(108)"), "{output}");
 }
