@@ -87,7 +87,14 @@ bench-admission: ## Measure the webhook beside a minimal admission server; write
 bench-scale: ## Measure the scheduler over ten thousand databases; writes docs/benchmarks/scale.md
 	cargo build --release --locked -p howdah-scheduler
 	cargo build --release --locked -p howdah-bench-backup -p howdah-lab
-	HOWDAH_LAB=bench $(CARGO_TARGET_DIR)/release/bench-backup $(BENCH_FLAGS)
+	HOWDAH_LAB=bench $(CARGO_TARGET_DIR)/release/bench-backup scale $(BENCH_FLAGS)
+	HOWDAH_LAB=bench $(CARGO_TARGET_DIR)/release/howdah-lab down
+
+.PHONY: bench-backup
+bench-backup: ## Measure backups and restores beside bare commands; writes docs/benchmarks/backup.md
+	cargo build --release --locked -p howdah-scheduler
+	cargo build --release --locked -p howdah-bench-backup -p howdah-lab
+	HOWDAH_LAB=bench $(CARGO_TARGET_DIR)/release/bench-backup storage $(BENCH_FLAGS)
 	HOWDAH_LAB=bench $(CARGO_TARGET_DIR)/release/howdah-lab down
 
 .PHONY: lab-binary

@@ -5,6 +5,7 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use howdah_bench_figures::{load_average, machine, median, median_s, quantile};
 
 use crate::body::BODY_BYTES;
 use crate::load::CONNECTIONS;
@@ -105,7 +106,7 @@ fn page(plan: &Plan, results: &Results) -> String {
          ## Rounds\n\n\
          | round | howdah p99, ms | floor p99, ms | howdah reviews/s | floor reviews/s |\n|---|---|---|---|---|\n{rounds}",
         machine = machine(),
-        load = fs::read_to_string("/proc/loadavg").unwrap_or_default().split(' ').next().unwrap_or_default(),
+        load = load_average(),
         paced = plan.paced,
         count = plan.rounds,
         flood = plan.flood,
@@ -115,21 +116,6 @@ fn page(plan: &Plan, results: &Results) -> String {
     )
 }
 
-/// Processor, number of cores and kernel.
-fn machine() -> String {
-    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default();
-    let model = model.trim_start_matches([' ', '\t', ':']);
-    let cores = cpu.lines().filter(|line| line.starts_with("processor")).count();
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    format!("{cores} processors {model}, Linux {}", kernel.trim())
-}
-
-fn quantile(sorted: &[Duration], part: f64) -> Duration {
-    let last = sorted.len().saturating_sub(1);
-    sorted.get((last as f64 * part).round() as usize).copied().unwrap_or_default()
-}
-
 /// The median over the rounds of one percentile, in microseconds.
 fn latency_us(measured: &Measured, part: f64) -> f64 {
     let rounds: Vec<Duration> = measured.latencies.iter().map(|round| quantile(round, part)).collect();
@@ -137,14 +123,7 @@ fn latency_us(measured: &Measured, part: f64) -> f64 {
 }
 
 fn median_us(times: &[Duration]) -> f64 {
-    let times: Vec<f64> = times.iter().map(|time| time.as_secs_f64() * 1e6).collect();
-    median(&times)
-}
-
-fn median(figures: &[f64]) -> f64 {
-    let mut figures = figures.to_vec();
-    figures.sort_unstable_by(f64::total_cmp);
-    figures.get(figures.len() / 2).copied().unwrap_or_default()
+    median_s(times) * 1e6
 }
 
 /// The memory in the second and in the last tenth of the long run, in KiB.
@@ -253,13 +232,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_are_what_their_names_say() {
-        let times: Vec<Duration> = (0..=1000).map(Duration::from_micros).collect();
-        assert_eq!(quantile(&times, 0.5), Duration::from_micros(500));
-        assert_eq!(quantile(&times, 0.999), Duration::from_micros(999));
-        assert_eq!(quantile(&[], 0.5), Duration::ZERO);
-        let times: Vec<Duration> = [9, 1, 5].map(Duration::from_micros).to_vec();
-        assert!((median_us(&times) - 5.0).abs() < 1e-9);
+    fn growth_compares_the_second_tenth_with_the_last() {
         let memory: Vec<(usize, u64)> = (0..100).map(|i| (i, i as u64)).collect();
         assert_eq!(growth(&memory), (15, 95));
         assert_eq!(growth(&[(1, 7)]), (7, 7));

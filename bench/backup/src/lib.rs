@@ -1,9 +1,7 @@
 //! The benchmarks of the scheduler.
 //!
-//! [`scale`] says what is measured in which order over many databases, [`crowd`] makes those databases, [`watched`] runs
-//! the scheduler and looks at it from outside, [`report`] writes docs/benchmarks/.
+//! [`scale`] measures it over many databases, which are objects of the API server only; [`storage`] measures backups and
+//! restores of real databases on a real Ceph. Each writes its page below docs/benchmarks/.
 
-pub mod crowd;
-pub mod report;
 pub mod scale;
-pub mod watched;
+pub mod storage;

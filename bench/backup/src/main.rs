@@ -1,8 +1,19 @@
-//! `make bench-scale`: the scheduler over ten thousand databases, on a real API server.
+//! `make bench-scale` and `make bench-backup`: the scheduler over ten thousand databases, and what a backup and a restore
+//! cost.
 
-use clap::Parser as _;
-use howdah_bench_backup::scale::Plan;
+use clap::Parser;
+use howdah_bench_backup::{scale, storage};
+
+/// Measures the scheduler.
+#[derive(Debug, Parser)]
+enum Benchmark {
+    Scale(scale::Plan),
+    Storage(storage::Plan),
+}
 
 fn main() -> anyhow::Result<()> {
-    Plan::parse().run()
+    match Benchmark::parse() {
+        Benchmark::Scale(plan) => plan.run(),
+        Benchmark::Storage(plan) => plan.run(),
+    }
 }

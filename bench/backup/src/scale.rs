@@ -1,4 +1,8 @@
-//! What is measured, in which order: a small crowd and a large one, first idle, then the large one all due at once.
+//! The scheduler over many databases: a small crowd and a large one, first idle, then the large one all due at once.
+
+mod crowd;
+mod report;
+mod watched;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -11,9 +15,7 @@ use howdah_lab::testing::shared_name;
 use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
 
-use crate::crowd;
-use crate::report;
-use crate::watched::{Scheduler, more, requests};
+use self::watched::{Scheduler, more, requests};
 
 /// How long the idle scheduler is looked at.
 const IDLE: Duration = Duration::from_secs(60);

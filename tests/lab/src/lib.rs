@@ -23,6 +23,7 @@ pub mod progress;
 pub mod repository;
 pub mod requirements;
 pub mod reviews;
+pub mod stage;
 pub mod status;
 pub mod storage;
 pub mod story;

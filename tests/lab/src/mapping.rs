@@ -20,6 +20,9 @@ const OPEN_LIMIT: Duration = Duration::from_secs(60);
 /// A file system that was just left is busy for a moment.
 const CLOSE_LIMIT: Duration = Duration::from_secs(20);
 
+/// The largest file system that is made: on an image of a TiB the rest stays empty, which takes no time.
+const BLANK_BYTES_MAX: u64 = 1 << 30;
+
 /// A mapped and mounted image; unmounted and unmapped when dropped.
 #[derive(Debug)]
 pub struct Mapping {
@@ -48,7 +51,10 @@ impl Mapping {
         mapping.client.wait_ready(OPEN_LIMIT, || file.is_file())?;
         let device = output_of(Command::new("losetup").args(["--find", "--show"]).arg(&file))?;
         if blank {
-            output_of(Command::new("mkfs.ext4").args(["-q", "-E", "nodiscard"]).arg(device.trim()))?;
+            let length = fs::metadata(&file).with_context(|| format!("look at {}", file.display()))?.len();
+            let mut mkfs = Command::new("mkfs.ext4");
+            mkfs.args(["-q", "-E", "nodiscard"]).arg(device.trim());
+            output_of(mkfs.arg(format!("{}k", length.min(BLANK_BYTES_MAX) / 1024)))?;
         }
         output_of(Command::new("mount").arg(device.trim()).arg(mapping.path()))?;
         Ok(mapping)

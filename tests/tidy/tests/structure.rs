@@ -50,8 +50,12 @@ fn dependencies_point_one_way() {
         ("howdah-cli", &["howdah-core", "howdah-adapters"][..]),
         ("howdah-lab", &["howdah-core", "howdah-adapters"][..]),
         ("howdah-fuzz", &["howdah-core", "howdah-webhook"][..]),
-        ("howdah-bench-admission", &["howdah-lab"][..]),
-        ("howdah-bench-backup", &["howdah-core", "howdah-adapters", "howdah-lab"][..]),
+        ("howdah-bench-figures", &[][..]),
+        ("howdah-bench-admission", &["howdah-bench-figures", "howdah-lab"][..]),
+        (
+            "howdah-bench-backup",
+            &["howdah-core", "howdah-adapters", "howdah-bench-figures", "howdah-lab"][..],
+        ),
         ("howdah-tidy", &[][..]),
     ]);
     for (package, edges) in member_edges(&metadata()) {

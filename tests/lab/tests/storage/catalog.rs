@@ -5,10 +5,9 @@ use howdah_core::backup::Phase;
 use howdah_core::names;
 use howdah_lab::ceph::POOL;
 use howdah_lab::process::wait_until;
+use howdah_lab::stage::{BACKUP_LIMIT, START_LIMIT, Stage, install_definitions};
 use howdah_lab::storage::claim::wait_slowly;
 use serde_json::json;
-
-use crate::stage::{BACKUP_LIMIT, START_LIMIT, Stage, install_definitions};
 
 fn rebuild(stage: &Stage, arguments: &[&str]) -> String {
     stage.howdah(&[&["catalog", "rebuild", "--ceph-runner", "local"], arguments].concat())

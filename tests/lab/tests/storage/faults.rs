@@ -1,5 +1,6 @@
 //! What operations stand on fails in the middle of them: the leader, Ceph, the API server, PostgreSQL.
 
+use howdah_lab::stage::{LEAD_LIMIT, Restored, Stage};
 use std::thread;
 use std::time::Duration;
 
@@ -15,7 +16,6 @@ use serde_json::json;
 
 use crate::gate::{Gate, When};
 use crate::node::Node;
-use crate::stage::{LEAD_LIMIT, Restored, Stage};
 
 /// How long a daemon hangs: longer than a leader may go without renewing its lease (10 s), so that its term ends.
 const HANG: Duration = Duration::from_secs(13);

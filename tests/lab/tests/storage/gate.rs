@@ -6,8 +6,7 @@ use std::path::PathBuf;
 
 use howdah_lab::files;
 use howdah_lab::process::wait_until;
-
-use crate::stage::{BACKUP_LIMIT, Stage};
+use howdah_lab::stage::{BACKUP_LIMIT, Stage};
 
 /// In the place of `rbd`. One whose caller has died goes without doing anything more.
 const SCRIPT: &str = r#"#!/bin/bash

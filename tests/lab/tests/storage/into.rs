@@ -1,5 +1,6 @@
 //! Restores into another StatefulSet, beside a database that runs on.
 
+use howdah_lab::stage::{Place, START_LIMIT, Stage, name_of};
 use std::collections::HashSet;
 use std::slice;
 
@@ -11,7 +12,6 @@ use serde_json::{Value, json};
 
 use crate::gate::{Gate, When};
 use crate::node::{Killer, Node, acknowledged};
-use crate::stage::{Place, START_LIMIT, Stage, name_of};
 
 /// What `kubectl howdah restore db --into db-copy` would create: the StatefulSet, the claim and the restore.
 fn copy(stage: &Stage, source: &Node<'_>, place: &Place) -> [Value; 3] {

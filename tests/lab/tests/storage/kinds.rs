@@ -8,10 +8,9 @@ use howdah_core::backup::{BackupStatus, Phase};
 use howdah_lab::mapping::Mapping;
 use howdah_lab::postgres::DEBIAN_MAJOR;
 use howdah_lab::process::wait_until;
+use howdah_lab::stage::{BACKUP_LIMIT, Restored, Stage};
 use howdah_lab::storage::claim::wait_slowly;
 use serde_json::json;
-
-use crate::stage::{BACKUP_LIMIT, Restored, Stage};
 
 /// The scheduler asks for Ceph's health again when its last answer is ten seconds old.
 const HEALTH_FRESH: Duration = Duration::from_secs(11);

@@ -16,6 +16,5 @@ mod prune;
 mod restore;
 mod scheduler;
 mod server;
-mod stage;
 mod verify;
 mod versions;

@@ -2,11 +2,11 @@
 
 use howdah_core::backup::Phase;
 use howdah_lab::process::wait_until;
+use howdah_lab::stage::{BACKUP_LIMIT, Stage};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::gate::{Gate, When};
-use crate::stage::{BACKUP_LIMIT, Stage};
 
 /// The steps of a deletion that a killed scheduler is in the middle of. In the last one it is killed as soon as the record
 /// is gone.

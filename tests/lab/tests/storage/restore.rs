@@ -1,5 +1,6 @@
 //! Restores of real databases, each in the place that it lies in.
 
+use howdah_lab::stage::{BACKUP_LIMIT, START_LIMIT, Stage};
 use std::collections::HashSet;
 use std::slice;
 use std::thread;
@@ -14,7 +15,6 @@ use howdah_lab::storage::claim::wait_slowly;
 use serde_json::{Value, json};
 
 use crate::node::{Killer, Node, SWAP_PHASES, acknowledged};
-use crate::stage::{BACKUP_LIMIT, START_LIMIT, Stage};
 
 /// Pairs of restores until each phase was hit: one or two are enough, unless a phase goes by while the next scheduler
 /// starts.

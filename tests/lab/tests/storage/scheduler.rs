@@ -6,11 +6,10 @@ use howdah_core::backup::Phase;
 use howdah_core::catalogue::Entry;
 use howdah_core::names;
 use howdah_lab::process::wait_until;
+use howdah_lab::stage::{BACKUP_LIMIT, LEAD_LIMIT, START_LIMIT, Stage};
 use howdah_lab::testing::Process;
 use nix::sys::signal::Signal;
 use serde_json::json;
-
-use crate::stage::{BACKUP_LIMIT, LEAD_LIMIT, START_LIMIT, Stage};
 
 /// What the server writes when a session in backup mode ends (PostgreSQL: `do_pg_abort_backup`).
 const ABORTED: &str = "aborting backup due to backend exiting before pg_backup_stop was called";

@@ -2,6 +2,7 @@
 //! test maps the clone and runs the pod's own script on it.
 
 use std::fs::{File, OpenOptions};
+use std::ops::Deref;
 use std::os::unix::fs::FileExt as _;
 use std::time::Duration;
 
@@ -12,12 +13,11 @@ use howdah_lab::ceph::POOL;
 use howdah_lab::mapping::Mapping;
 use howdah_lab::postgres::DEBIAN_MAJOR;
 use howdah_lab::process::wait_until;
+use howdah_lab::stage::{LEAD_LIMIT, Stage};
 use howdah_lab::storage::claim::wait_slowly;
 use howdah_lab::testing::Process;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-
-use crate::stage::{LEAD_LIMIT, Stage};
 
 /// A drill of a small database takes some twenty seconds.
 const DRILL_LIMIT: Duration = Duration::from_secs(240);
@@ -26,7 +26,18 @@ const PROGRAMS: &str = "/usr/lib/postgresql";
 /// Between two looks at what the scheduler has made.
 const LOOK: Duration = Duration::from_millis(200);
 
-impl Stage {
+/// A stage whose drills are played.
+struct Drills(Stage);
+
+impl Deref for Drills {
+    type Target = Stage;
+
+    fn deref(&self) -> &Stage {
+        &self.0
+    }
+}
+
+impl Drills {
     fn drill(&self, backup: &str) -> VerifyStatus {
         self.status(backup).verification.unwrap_or_default()
     }
@@ -120,7 +131,7 @@ impl Stage {
 
 #[test]
 fn a_good_backup_is_proven_and_a_damaged_one_found() {
-    let stage = Stage::shared();
+    let stage = Drills(Stage::shared());
     stage.grant();
     let query = json!({"howdah.dev/verify": "always", "howdah.dev/retention": "last=2",
         "howdah.dev/verify-query": "SELECT sum(n) FROM t", "howdah.dev/verify-expect": "500500"});
@@ -191,7 +202,7 @@ fn a_good_backup_is_proven_and_a_damaged_one_found() {
 
 #[test]
 fn a_drill_ends_the_same_in_whatever_phase_its_scheduler_is_killed() {
-    let stage = Stage::alone();
+    let stage = Drills(Stage::alone());
     stage.grant();
     let database = stage.database("db", json!({}));
     let mut scheduler = stage.scheduler("scheduler-0", 18081);

@@ -5,9 +5,8 @@ use std::thread;
 use howdah_core::annotations::Consistency;
 use howdah_core::backup::Phase;
 use howdah_lab::postgres::MAJORS;
+use howdah_lab::stage::{Restored, Stage};
 use serde_json::json;
-
-use crate::stage::{Restored, Stage};
 
 /// Rows that are committed before the backup.
 const ROWS: &str = "1000";

@@ -1,6 +1,16 @@
 //! A cluster without nodes in which the scheduler backs up real databases: the API server, the volumes and their
 //! provisioner, Ceph and PostgreSQL are real, and each database lies on its volume's image, mapped on this machine. Where
-//! a kubelet would run the pod, the test runs PostgreSQL and gives the pod its address and readiness.
+//! a kubelet would run the pod, whoever uses this runs PostgreSQL and gives the pod its address and readiness.
+//!
+//! As in a test, whatever does not work ends the program, with where and why.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::missing_panics_doc,
+    reason = "it is the stage of tests and benchmarks"
+)]
+
+mod restores;
 
 use std::fs;
 use std::path::PathBuf;
@@ -9,25 +19,27 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
+use crate::ceph::POOL;
+use crate::files;
+use crate::lab::Lab;
+use crate::mapping::Mapping;
+use crate::netns::BRIDGE_ADDRESS;
+use crate::postgres::{self, Binaries, DEBIAN_MAJOR, PASSWORD};
+use crate::process::{self, TERM_LIMIT, wait_until};
+use crate::repository;
+use crate::storage::claim::{Claim, wait_slowly};
+use crate::testing::{Process, TempNamespace, shared_name};
 use futures::{StreamExt as _, pin_mut};
 use howdah_adapters::records::PostgresBackup;
 use howdah_core::backup::{BackupStatus, Phase};
-use howdah_lab::ceph::POOL;
-use howdah_lab::files;
-use howdah_lab::lab::Lab;
-use howdah_lab::mapping::Mapping;
-use howdah_lab::netns::BRIDGE_ADDRESS;
-use howdah_lab::postgres::{self, Binaries, DEBIAN_MAJOR, PASSWORD};
-use howdah_lab::process::{self, TERM_LIMIT, wait_until};
-use howdah_lab::repository;
-use howdah_lab::storage::claim::{Claim, wait_slowly};
-use howdah_lab::testing::{Process, TempNamespace, shared_name};
 use kube::api::ListParams;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
+
+pub use restores::RESTORE_LIMIT;
 
 /// A backup takes some five seconds; other labs may run beside this one.
 pub const BACKUP_LIMIT: Duration = Duration::from_secs(180);
@@ -39,6 +51,8 @@ pub const START_LIMIT: Duration = Duration::from_secs(60);
 pub const LEAD_LIMIT: Duration = Duration::from_secs(90);
 /// The scheduler that tests share, and where it listens.
 const SHARED: (&str, u16) = ("scheduler-shared", 18080);
+/// Volume of a database of a few rows.
+const VOLUME: &str = "160Mi";
 /// Memory and WAL of a database of a few rows; its image is small.
 const SMALL: &str = "shared_buffers = 8MB\nmin_wal_size = 2MB\nmax_wal_size = 16MB\nmax_connections = 20";
 
@@ -58,9 +72,13 @@ enum Turn {
 
 /// A namespace, and a turn.
 pub struct Stage {
+    /// The lab it is in.
     pub lab: Lab,
+    /// The namespace of its objects.
     pub namespace: TempNamespace,
+    /// For calls of the API server.
     pub runtime: Runtime,
+    /// With the rights of an administrator.
     pub client: Client,
     _turn: Turn,
 }
@@ -114,6 +132,7 @@ impl Stage {
         ]);
     }
 
+    /// Runs kubectl in the namespace.
     pub fn kubectl(&self, args: &[&str]) -> String {
         self.lab.kubectl_ok(&[&["-n", self.namespace.name()], args].concat()).unwrap()
     }
@@ -199,6 +218,7 @@ impl Stage {
         Api::namespaced(self.client.clone(), self.namespace.name())
     }
 
+    /// The records of the namespace.
     pub fn backups(&self) -> Vec<PostgresBackup> {
         self.runtime.block_on(self.records().list(&ListParams::default())).unwrap().items
     }
@@ -208,6 +228,7 @@ impl Stage {
         self.runtime.block_on(self.records().get_opt(name)).unwrap()
     }
 
+    /// What the record says; nothing yet is the default.
     pub fn status(&self, backup: &str) -> BackupStatus {
         self.backup(backup).unwrap().status.unwrap_or_default()
     }
@@ -253,7 +274,8 @@ impl Stage {
     pub fn empty_set(&self, name: &str, size: &str) -> Place {
         let place = Place::next(&self.lab);
         let root = place.root(&self.lab);
-        let mut objects = stateful_set(name, DEBIAN_MAJOR, &json!({}), &place, root.to_str().unwrap());
+        let mut objects =
+            stateful_set(name, DEBIAN_MAJOR, VOLUME, &json!({}), &place, root.to_str().unwrap());
         objects["items"][1]["spec"]["replicas"] = json!(0);
         self.apply(&objects);
         let claim = format!("data-{name}-0");
@@ -268,9 +290,18 @@ impl Stage {
 
     /// The same of another major version.
     pub fn database_of(&self, major: u32, name: &str, annotations: Value) -> Database<'_> {
+        self.database_with(major, name, VOLUME, annotations)
+    }
+
+    /// The same on a volume of this size.
+    pub fn database_on(&self, name: &str, volume: &str, annotations: Value) -> Database<'_> {
+        self.database_with(DEBIAN_MAJOR, name, volume, annotations)
+    }
+
+    fn database_with(&self, major: u32, name: &str, volume: &str, annotations: Value) -> Database<'_> {
         let place = Place::next(&self.lab);
         let root = place.root(&self.lab);
-        self.apply(&stateful_set(name, major, &annotations, &place, root.to_str().unwrap()));
+        self.apply(&stateful_set(name, major, volume, &annotations, &place, root.to_str().unwrap()));
         let claim = format!("data-{name}-0");
         let claim = Claim::bound(&self.lab, self.namespace.name(), &claim).unwrap();
         let image = claim.image().unwrap();
@@ -289,6 +320,7 @@ pub struct Place {
 }
 
 impl Place {
+    /// One that no other server of this process has.
     pub fn next(lab: &Lab) -> Self {
         let port = PORT.fetch_add(1, Ordering::Relaxed);
         // What a killed run left would be taken for this one's.
@@ -299,10 +331,12 @@ impl Place {
         Self { name, port }
     }
 
+    /// Where the file system is mounted.
     pub fn root(&self, lab: &Lab) -> PathBuf {
         Mapping::place(lab, &self.name)
     }
 
+    /// Where the server listens.
     pub fn port(&self) -> u16 {
         self.port
     }
@@ -381,6 +415,7 @@ impl Server {
         self.launch(&Binaries::find(major, self.lab.dir()).unwrap());
     }
 
+    /// What a query answers, a row a line.
     pub fn sql(&self, query: &str) -> String {
         let mut psql = self.lab.command("psql");
         let (host, port) = (BRIDGE_ADDRESS.to_string(), self.place.port.to_string());
@@ -388,10 +423,12 @@ impl Server {
         self.lab.output_inside(&mut psql).unwrap().trim().to_owned()
     }
 
+    /// What the server has said since it was started.
     pub fn log(&self) -> String {
         self.postgres.as_ref().map(|process| process.output().unwrap()).unwrap_or_default()
     }
 
+    /// Its name, port and directory.
     pub fn place(&self) -> &Place {
         &self.place
     }
@@ -425,9 +462,13 @@ impl Drop for Server {
 
 /// A protected StatefulSet and its database.
 pub struct Database<'a> {
+    /// The stage it is on.
     pub stage: &'a Stage,
+    /// Name of the StatefulSet.
     pub name: String,
+    /// The image as POOL/NAME.
     pub image: String,
+    /// The server that a kubelet would run.
     pub server: Server,
 }
 
@@ -522,11 +563,19 @@ impl Drop for Restored {
     }
 }
 
+/// NAME of POOL/NAME.
 pub fn name_of(image: &str) -> &str {
     image.split_once('/').map_or(image, |(_, name)| name)
 }
 
-fn stateful_set(name: &str, major: u32, annotations: &Value, place: &Place, root: &str) -> Value {
+fn stateful_set(
+    name: &str,
+    major: u32,
+    volume: &str,
+    annotations: &Value,
+    place: &Place,
+    root: &str,
+) -> Value {
     let port = place.port.to_string();
     json!({"apiVersion": "v1", "kind": "List", "items": [
         {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": {"password": PASSWORD}},
@@ -545,7 +594,7 @@ fn stateful_set(name: &str, major: u32, annotations: &Value, place: &Place, root
                         {"name": "POSTGRES_PASSWORD", "valueFrom": {"secretKeyRef": {"name": name, "key": "password"}}}],
                     "volumeMounts": [{"name": "data", "mountPath": root}]}]}},
             "volumeClaimTemplates": [{"metadata": {"name": "data"}, "spec": {"accessModes": ["ReadWriteOnce"],
-                "storageClassName": "rook-ceph-block", "resources": {"requests": {"storage": "160Mi"}}}}]}}
+                "storageClassName": "rook-ceph-block", "resources": {"requests": {"storage": volume}}}}]}}
     ]})
 }
 
@@ -577,17 +626,21 @@ fn install(lab: &Lab) {
     });
 }
 
-/// The scheduler of this tree, built the way this test was.
+/// The scheduler of this tree: a test builds it the way it was built itself, and a program's lies beside the program.
 fn scheduler_binary() -> PathBuf {
     static BUILT: OnceLock<()> = OnceLock::new();
-    BUILT.get_or_init(|| {
-        let built = Command::new(env!("CARGO"))
-            // The whole workspace: with one package alone cargo would choose other features of foreign crates.
-            .args(["build", "--quiet", "--workspace", "--bins", "--locked"])
-            .current_dir(repository::root())
-            .status();
-        assert!(built.unwrap().success(), "build the scheduler");
-    });
-    let test = std::env::current_exe().unwrap();
-    test.parent().and_then(|deps| deps.parent()).unwrap().join("howdah-scheduler")
+    let own = std::env::current_exe().unwrap();
+    let mut directory = own.parent().unwrap();
+    if directory.ends_with("deps") {
+        directory = directory.parent().unwrap();
+        BUILT.get_or_init(|| {
+            let built = Command::new(env!("CARGO"))
+                // The whole workspace: with one package alone cargo would choose other features of foreign crates.
+                .args(["build", "--quiet", "--workspace", "--bins", "--locked"])
+                .current_dir(repository::root())
+                .status();
+            assert!(built.unwrap().success(), "build the scheduler");
+        });
+    }
+    directory.join("howdah-scheduler")
 }

@@ -1,13 +1,13 @@
-//! The report: a page with the figures, and how each was obtained and on what.
+//! The report on many databases: a page with the figures, and how each was obtained and on what.
 
 use std::fmt::Write as _;
 use std::fs;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use howdah_bench_figures::{load_average, machine, quantile};
 
-use crate::scale::{Idle, Plan, Results};
-use crate::watched::WAKE_SECONDS;
+use super::watched::WAKE_SECONDS;
+use super::{Idle, Plan, Results};
 
 /// The databases and backups of the target.
 const TARGET: (f64, f64) = (10_000.0, 1_000_000.0);
@@ -61,7 +61,7 @@ fn page(plan: &Plan, results: &Results) -> String {
          - Ticks are timed by the scheduler's own metric `howdah_scheduler_tick_duration_seconds`, requests counted by the API\n  server's `apiserver_request_total`, over a minute.\n\
          - The lateness is read from the times in the scheduler's log.\n",
         machine = machine(),
-        load = fs::read_to_string("/proc/loadavg").unwrap_or_default().split(' ').next().unwrap_or_default(),
+        load = load_average(),
         memory = projection(&results.idle),
         databases = plan.databases,
         p50 = late(0.5),
@@ -84,19 +84,4 @@ fn projection(idle: &[Idle]) -> String {
         TARGET.0,
         TARGET.1,
     )
-}
-
-fn quantile(sorted: &[Duration], part: f64) -> Duration {
-    let last = sorted.len().saturating_sub(1);
-    sorted.get((last as f64 * part).round() as usize).copied().unwrap_or_default()
-}
-
-/// Processor, number of cores and kernel.
-fn machine() -> String {
-    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default();
-    let model = model.trim_start_matches([' ', '\t', ':']);
-    let cores = cpu.lines().filter(|line| line.starts_with("processor")).count();
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    format!("{cores} processors {model}, Linux {}", kernel.trim())
 }

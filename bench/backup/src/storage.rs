@@ -1,0 +1,224 @@
+//! What a backup and a restore cost, on a real Ceph: a backup beside the two commands that it cannot do without, the
+//! database while backups are taken beside the database left alone, and a swap beside a rollback as images grow.
+
+mod load;
+mod report;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use clap::Parser;
+use howdah_core::backup::{BackupStatus, Phase};
+use howdah_core::restore;
+use howdah_lab::postgres::DEBIAN_MAJOR;
+use howdah_lab::process::wait_until;
+use howdah_lab::stage::{Database, RESTORE_LIMIT, Stage};
+use serde_json::json;
+
+use self::load::{measured_pgbench, pgbench};
+
+/// Where the scheduler of the benchmark listens.
+const PORT: u16 = 18098;
+/// Clients of pgbench: what two processors keep busy.
+const CLIENTS: &str = "4";
+/// Scale of pgbench: 75 MB, which fits the volume, and takes checkpoints that are seen.
+const SCALE: &str = "5";
+/// Size of the volume of the database that is backed up.
+const VOLUME: &str = "2Gi";
+/// Between two backups in the rounds with backups; a backup takes about two.
+const BETWEEN_BACKUPS: Duration = Duration::from_secs(10);
+/// A database of the usual kind: the stage's own would write a checkpoint a second.
+const SETTINGS: [&str; 3] =
+    ["shared_buffers = '64MB'", "max_wal_size = '512MB'", "checkpoint_timeout = '5min'"];
+
+/// Measures backups and restores.
+#[derive(Debug, Parser)]
+pub struct Plan {
+    /// Pairs of a backup and the bare commands.
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..=200))]
+    pub backups: u16,
+    /// Pairs of pgbench rounds, one with backups and one without.
+    #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u16).range(1..=50))]
+    pub rounds: u16,
+    /// Seconds of a pgbench round.
+    #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u16).range(15..=600))]
+    pub seconds: u16,
+    /// Sizes of the images that are restored, in GiB.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 64, 1024])]
+    pub sizes: Vec<u32>,
+    /// The largest image that is also rolled back, in GiB: the time grows with its size.
+    #[arg(long, default_value_t = 64)]
+    pub rollback_max: u32,
+    /// The folder of the report.
+    #[arg(long, default_value = "docs/benchmarks")]
+    pub report: PathBuf,
+}
+
+/// One pgbench round.
+#[derive(Debug, Clone, Copy)]
+pub struct Round {
+    /// Transactions a second.
+    pub tps: f64,
+    /// The longest transaction.
+    pub stall: Duration,
+}
+
+/// The restores of one image.
+#[derive(Debug)]
+pub struct Restored {
+    /// Its size, in GiB.
+    pub gib: u32,
+    /// What a swap does between the proofs and the start.
+    pub swap: Duration,
+    /// What a rollback does there; `None` where it was not tried.
+    pub rollback: Option<Duration>,
+}
+
+/// Everything that was measured.
+#[derive(Debug, Default)]
+pub struct Results {
+    /// `CHECKPOINT` and `rbd snap create`, one after the other.
+    pub bare: Vec<Duration>,
+    /// The same backup by howdah, from its first attempt to its end, by its record.
+    pub howdah: Vec<Duration>,
+    /// Of each of these, the steps in backup mode.
+    pub held: Vec<Duration>,
+    /// The steps of the last backup: phase and milliseconds.
+    pub steps: Vec<(&'static str, u64)>,
+    /// Rounds without backups.
+    pub alone: Vec<Round>,
+    /// Rounds with a backup every ten seconds.
+    pub backed_up: Vec<Round>,
+    /// By image size.
+    pub restores: Vec<Restored>,
+}
+
+impl Plan {
+    /// Measures everything and writes the report.
+    ///
+    /// # Errors
+    /// If a part does not start, or a backup or restore fails.
+    pub fn run(&self) -> Result<()> {
+        let stage = Stage::alone();
+        stage.grant();
+        let scheduler = stage.scheduler("bench-scheduler", PORT);
+        let mut results = Results::default();
+        {
+            let mut database = stage.database_on("pg", VOLUME, json!({"howdah.dev/retention": "last=2"}));
+            for setting in SETTINGS {
+                database.sql(&format!("ALTER SYSTEM SET {setting}"));
+            }
+            database.server.restart(DEBIAN_MAJOR);
+            pgbench(&database, &["--initialize", "--quiet", "--scale", SCALE])?;
+            for pair in 0..self.backups {
+                eprintln!("backup {} of {}", pair + 1, self.backups);
+                // Whoever comes first finds more to write in its checkpoint: they take turns.
+                for turn in 0..2 {
+                    pgbench(&database, &["--transactions", "200", "--client", CLIENTS])?;
+                    if (turn + pair) % 2 == 0 {
+                        results.bare.push(bare(&database)?);
+                    } else {
+                        let (took, status) = backup(&database, &format!("bench-{pair}"))?;
+                        results.howdah.push(took);
+                        let held = status.steps.iter().filter(|step| {
+                            use Phase::{Snapshotting, StartingBackupMode, StoppingBackupMode};
+                            matches!(step.phase, StartingBackupMode | Snapshotting | StoppingBackupMode)
+                        });
+                        results.held.push(Duration::from_millis(held.filter_map(|step| step.took_ms).sum()));
+                        results.steps = status
+                            .steps
+                            .iter()
+                            .map(|step| (step.phase.as_str(), step.took_ms.unwrap_or_default()))
+                            .collect();
+                    }
+                }
+            }
+            for round in 0..self.rounds {
+                eprintln!("pgbench round {} of {}", round + 1, self.rounds);
+                for turn in 0..2 {
+                    if (turn + round) % 2 == 0 {
+                        results.alone.push(self.round(&database, None)?);
+                    } else {
+                        results.backed_up.push(self.round(&database, Some(round))?);
+                    }
+                }
+            }
+        }
+        for gib in &self.sizes {
+            eprintln!("restores of {gib} GiB");
+            results.restores.push(self.restores(&stage, *gib)?);
+        }
+        scheduler.stop()?;
+        report::write(self, &results)
+    }
+
+    /// One round of pgbench; with backups if it has a number for their names.
+    fn round(&self, database: &Database<'_>, backups: Option<u16>) -> Result<Round> {
+        let seconds = u64::from(self.seconds);
+        std::thread::scope(|scope| {
+            let load = scope.spawn(|| measured_pgbench(database, seconds));
+            let end = Instant::now() + Duration::from_secs(seconds);
+            let mut number = 0;
+            while let Some(round) = backups
+                && Instant::now() + BETWEEN_BACKUPS < end
+            {
+                let next = Instant::now() + BETWEEN_BACKUPS;
+                number += 1;
+                backup(database, &format!("load-{round}-{number}"))?;
+                std::thread::sleep(next.saturating_duration_since(Instant::now()));
+            }
+            load.join().map_err(|_| anyhow::anyhow!("run pgbench: it panicked"))?
+        })
+    }
+
+    fn restores(&self, stage: &Stage, gib: u32) -> Result<Restored> {
+        let name = format!("size-{gib}");
+        let mut database = stage.database_on(&name, &format!("{gib}Gi"), json!({}));
+        backup(&database, &format!("{name}-backup"))?;
+        database.stop();
+        let restore = |method: &str| {
+            let record = format!("{name}-{method}");
+            stage.apply(&json!({"apiVersion": "howdah.dev/v1alpha1", "kind": "PostgresRestore",
+                "metadata": {"name": record},
+                "spec": {"statefulSet": name, "to": format!("{name}-backup"), "method": method}}));
+            let status = || stage.restore(&record).unwrap_or_default();
+            let over = wait_until(RESTORE_LIMIT, || status().phase.is_terminal());
+            let status = status();
+            ensure!(over && status.phase == restore::Phase::Completed, "restore {name}: {status:?}");
+            let work = status.steps.iter().filter(|step| {
+                use restore::Phase::{
+                    Bookkeeping, Placing, Preparing, RollingBack, Safeguarding, SettingAside,
+                };
+                matches!(
+                    step.phase,
+                    Preparing | SettingAside | Placing | Bookkeeping | Safeguarding | RollingBack
+                )
+            });
+            anyhow::Ok(Duration::from_millis(work.filter_map(|step| step.took_ms).sum()))
+        };
+        let rollback = (gib <= self.rollback_max).then(|| restore("rollback")).transpose()?;
+        Ok(Restored { gib, swap: restore("swap")?, rollback })
+    }
+}
+
+/// What no backup can do without.
+fn bare(database: &Database<'_>) -> Result<Duration> {
+    let snapshot = format!("{}@bare", database.image());
+    let start = Instant::now();
+    database.sql("CHECKPOINT");
+    database.stage.lab.rbd(&["snap", "create", "--no-progress", &snapshot])?;
+    let took = start.elapsed();
+    database.stage.lab.rbd(&["snap", "rm", "--no-progress", &snapshot])?;
+    Ok(took)
+}
+
+fn backup(database: &Database<'_>, name: &str) -> Result<(Duration, BackupStatus)> {
+    database.order(name, Some("online"));
+    let status = database.stage.wait_over(name);
+    ensure!(status.phase == Phase::Taken, "take the backup {name}: {:?}", status.failure);
+    let (Some(from), Some(to)) = (status.started_at, status.finished_at) else {
+        anyhow::bail!("read when the backup {name} began and ended")
+    };
+    Ok((Duration::try_from(to.duration_since(from)).context("read a time")?, status))
+}
