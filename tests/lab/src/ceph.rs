@@ -240,6 +240,9 @@ fn configuration(lab: &Lab, fsid: &str) -> String {
          osd_pool_default_min_size = 1\n\
          osd_pool_default_pg_autoscale_mode = off\n\
          osd_crush_chooseleaf_type = 0\n\
+         # A lease that runs out while a test stops the only OSD (after 16 s by default) may never be found renewed: only\n\
+         # a second one's answer makes an OSD look. Its placement group then hangs for good, \"laggy\".\n\
+         osd_pool_default_read_lease_ratio = 30\n\
          mgr_initial_modules =\n\
          bluestore_block_size = {OSD_BYTES}\n\
          osd_memory_target = {OSD_MEMORY_BYTES}\n\
