@@ -38,11 +38,11 @@ role=${HOWDAH_ROLE:-postgres}
 database=${HOWDAH_DATABASE:-postgres}
 
 quoted() { printf '%s' "$1" | tr '\n\t\r' '   ' | tr -d '\000-\037' | cut -c 1-400 | sed 's/\\/\\\\/g; s/"/\\"/g'; }
-# Milliseconds, where date knows them.
+# Milliseconds, where date knows of parts of a second: busybox may, but not of %3N.
 now_ms() {
     case $(date +%N) in
         *[!0-9]* | '') echo "$(date +%s)000" ;;
-        *) date +%s%3N ;;
+        *) date +%s%N | cut -c 1-13 ;;
     esac
 }
 # What PostgreSQL says when it is the data that is bad, and not the place it is started in.

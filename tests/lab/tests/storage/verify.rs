@@ -1,9 +1,11 @@
 //! Restore drills. The scheduler, the API server, Ceph and PostgreSQL are real; where a kubelet would run the drill's pod, the
 //! test maps the clone and runs the pod's own script on it.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::ops::Deref;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use howdah_core::backup::{BackupStatus, Phase};
@@ -28,6 +30,38 @@ const LOOK: Duration = Duration::from_millis(200);
 
 /// A stage whose drills are played.
 struct Drills(Stage);
+
+/// What a drill finds in the image of a database beside PostgreSQL.
+enum Tools {
+    /// Those of this machine.
+    Debian,
+    /// Those of busybox, and none of this machine's. What it has no means for is called `gosu`, as in the official image.
+    Alpine,
+}
+
+/// Becomes somebody else: `gosu USER:GROUP COMMAND...`.
+const GOSU: &str = "#!/bin/sh\nwho=$1\nshift\nexec /usr/bin/setpriv --reuid=${who%:*} --regid=${who#*:} --clear-groups \"$@\"\n";
+
+impl Tools {
+    /// The `PATH` with them, made in `directory` if need be.
+    fn path(&self, directory: &Path) -> String {
+        let of_postgres = format!("{PROGRAMS}/{DEBIAN_MAJOR}/bin");
+        match self {
+            Self::Debian => format!("{of_postgres}:{}", std::env::var("PATH").unwrap()),
+            Self::Alpine => {
+                let installed = Command::new("busybox").args(["--install", "-s"]).arg(directory).status();
+                assert!(installed.unwrap().success());
+                let gosu = directory.join("gosu");
+                fs::write(&gosu, GOSU).unwrap();
+                // Another user runs them.
+                for path in [gosu.as_path(), directory] {
+                    fs::set_permissions(path, Permissions::from_mode(0o755)).unwrap();
+                }
+                format!("{of_postgres}:{}", directory.display())
+            }
+        }
+    }
+}
 
 impl Deref for Drills {
     type Target = Stage;
@@ -62,7 +96,7 @@ impl Drills {
     }
 
     /// Waits for the pod of a backup's drill, and does what its kubelet would: runs the script and tells how it ended.
-    fn play_drill(&self, backup: &str) {
+    fn play_drill(&self, backup: &str, tools: &Tools) {
         let name = self.drill_name(backup);
         let mut pod = Value::Null;
         let found = wait_slowly(DRILL_LIMIT, || {
@@ -78,17 +112,17 @@ impl Drills {
         for variable in container["env"].as_array().unwrap() {
             script.env(variable["name"].as_str().unwrap(), variable["value"].as_str().unwrap());
         }
-        let path = std::env::var("PATH").unwrap();
+        let directory = tempfile::tempdir().unwrap();
         script
             .env("HOWDAH_MOUNT", mapping.path())
             .env_remove("PGDATA")
             .env("HOWDAH_REPORT", report.path())
-            .env("PATH", format!("{PROGRAMS}/{DEBIAN_MAJOR}/bin:{path}"));
+            .env("PATH", tools.path(directory.path()));
         let command: Vec<&str> =
             container["command"].as_array().unwrap().iter().map(|part| part.as_str().unwrap()).collect();
         assert_eq!(command[0], "sh");
         let code = i32::from(self.lab.output_inside(script.args(&command[1..])).is_err());
-        let message = std::fs::read_to_string(report.path()).unwrap();
+        let message = fs::read_to_string(report.path()).unwrap();
         // PostgreSQL was told to end; it is waited for until the file system can be left.
         drop(mapping);
         let ended = json!({"status": {"phase": "Succeeded", "containerStatuses": [{
@@ -139,7 +173,7 @@ fn a_good_backup_is_proven_and_a_damaged_one_found() {
     database.sql("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n");
     database.order("good", Some("online"));
     stage.wait_over("good");
-    stage.play_drill("good");
+    stage.play_drill("good", &Tools::Debian);
     let status = stage.wait_drilled("good");
     let drill = status.verification.unwrap();
     assert_eq!(
@@ -171,7 +205,7 @@ fn a_good_backup_is_proven_and_a_damaged_one_found() {
     file.sync_all().unwrap();
     database.order("bad", Some("online"));
     assert_eq!(stage.wait_over("bad").phase, Phase::Taken, "taking it reads no page");
-    stage.play_drill("bad");
+    stage.play_drill("bad", &Tools::Alpine);
     let status = stage.wait_drilled("bad");
     assert_eq!(status.phase, Phase::Damaged, "{:?}", status.verification);
     let failure = status.verification.unwrap().failure.unwrap();
@@ -222,7 +256,7 @@ fn a_drill_ends_the_same_in_whatever_phase_its_scheduler_is_killed() {
         let of_this = |drill: &VerifyStatus| drill.asked.as_deref() == Some(token.as_str());
         let late = matches!(phase, verify::Phase::Removing | verify::Phase::Recording);
         if late {
-            stage.play_drill("one");
+            stage.play_drill("one", &Tools::Debian);
         }
         let mut seen = verify::Phase::Requested;
         let reached = wait_until(DRILL_LIMIT, || {
@@ -241,7 +275,7 @@ fn a_drill_ends_the_same_in_whatever_phase_its_scheduler_is_killed() {
         eprintln!("killed in {seen:?}, wanted {phase:?}");
         scheduler = kill(&stage, scheduler, i);
         if !late {
-            stage.play_drill("one");
+            stage.play_drill("one", &Tools::Alpine);
         }
         let over = wait_until(DRILL_LIMIT, || {
             let drill = stage.drill("one");
@@ -263,8 +297,8 @@ fn a_drill_ends_the_same_in_whatever_phase_its_scheduler_is_killed() {
     stage.kubectl(&["delete", "postgresbackup", "two"]);
     stage.ask("one", "sweep");
     assert!(wait_until(DRILL_LIMIT, || stage.drill("one").asked.as_deref() == Some("sweep")));
-    stage.play_drill("one");
-    stage.wait_drilled("one");
+    stage.play_drill("one", &Tools::Alpine);
+    assert_eq!(stage.wait_drilled("one").phase, Phase::Verified);
     stage.nothing_left("one");
     stage.nothing_named(&lost);
     scheduler.stop().unwrap();
