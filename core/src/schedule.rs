@@ -2,9 +2,10 @@
 //!
 //! A *slot* is one occurrence of the schedule, as an instant. It names everything the backup makes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::str::FromStr;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use croner::Cron;
 use croner::errors::CronError;
@@ -18,11 +19,18 @@ const EXPRESSION_MAX: usize = 256;
 /// Minute, hour, day, month, weekday.
 const FIELDS_MIN: usize = 5;
 
+/// Expressions that are remembered: a cluster has few different ones, and with all of their longest this is 64 KiB of text.
+const REMEMBERED_MAX: usize = 256;
+
+/// What was read before, because to read an expression takes as long as to judge a whole StatefulSet. Whoever asks gets
+/// what reading it again would give.
+static REMEMBERED: RwLock<BTreeMap<String, Arc<Cron>>> = RwLock::new(BTreeMap::new());
+
 /// A cron expression that has at least one occurrence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CronExpression {
     text: String,
-    cron: Box<Cron>,
+    cron: Arc<Cron>,
 }
 
 impl CronExpression {
@@ -68,28 +76,46 @@ impl FromStr for CronExpression {
             return Err(format!("is longer than {EXPRESSION_MAX} characters"));
         }
         let text = text.trim();
-        let parser = CronParser::builder().seconds(Seconds::Optional).year(Year::Disallowed).build();
-        let cron = parser.parse(text).map_err(|error| match error {
-            CronError::EmptyPattern => "is empty".to_owned(),
-            CronError::InvalidPattern(_) if text.starts_with('@') => "is not a known nickname".to_owned(),
-            // Two of the shortest make ten fields, and nothing else that is written by mistake does.
-            _ if text.contains([';', '|', '\n']) || text.split_whitespace().count() >= 2 * FIELDS_MIN => {
-                "holds more than one schedule; a StatefulSet has one".to_owned()
+        let remembered = REMEMBERED.read().unwrap_or_else(PoisonError::into_inner).get(text).cloned();
+        let cron = match remembered {
+            Some(cron) => cron,
+            None => {
+                let cron = Arc::new(read(text)?);
+                let mut all = REMEMBERED.write().unwrap_or_else(PoisonError::into_inner);
+                if all.len() >= REMEMBERED_MAX {
+                    all.clear();
+                }
+                all.insert(text.to_owned(), Arc::clone(&cron));
+                cron
             }
-            CronError::InvalidPattern(_) => {
-                format!("has {} fields instead of 5 or 6", text.split_whitespace().count())
-            }
-            CronError::IllegalCharacters(why) | CronError::ComponentError(why) => {
-                format!("is not a cron expression ({why})")
-            }
-            other => format!("is not a cron expression ({other})"),
-        })?;
-        // On a calendar without a zone the search says whether the days exist at all.
-        let start = jiff::civil::date(2024, 1, 1).at(0, 0, 0, 0);
-        cron.find_next_occurrence(&start, true)
-            .map_err(|_| "never happens (no such day in any year)".to_owned())?;
-        Ok(Self { text: text.to_owned(), cron: Box::new(cron) })
+        };
+        Ok(Self { text: text.to_owned(), cron })
     }
+}
+
+/// Reads a trimmed expression.
+fn read(text: &str) -> Result<Cron, String> {
+    let parser = CronParser::builder().seconds(Seconds::Optional).year(Year::Disallowed).build();
+    let cron = parser.parse(text).map_err(|error| match error {
+        CronError::EmptyPattern => "is empty".to_owned(),
+        CronError::InvalidPattern(_) if text.starts_with('@') => "is not a known nickname".to_owned(),
+        // Two of the shortest make ten fields, and nothing else that is written by mistake does.
+        _ if text.contains([';', '|', '\n']) || text.split_whitespace().count() >= 2 * FIELDS_MIN => {
+            "holds more than one schedule; a StatefulSet has one".to_owned()
+        }
+        CronError::InvalidPattern(_) => {
+            format!("has {} fields instead of 5 or 6", text.split_whitespace().count())
+        }
+        CronError::IllegalCharacters(why) | CronError::ComponentError(why) => {
+            format!("is not a cron expression ({why})")
+        }
+        other => format!("is not a cron expression ({other})"),
+    })?;
+    // On a calendar without a zone the search says whether the days exist at all.
+    let start = jiff::civil::date(2024, 1, 1).at(0, 0, 0, 0);
+    cron.find_next_occurrence(&start, true)
+        .map_err(|_| "never happens (no such day in any year)".to_owned())?;
+    Ok(cron)
 }
 
 /// By how much the wall clock may run apart from the time that passes before it is called a jump; a clock that is slewed
