@@ -260,9 +260,10 @@ pub fn answer(review: &Review, verdict: &Verdict) -> Value {
         response["auditAnnotations"] = json!(verdict.audit_annotations);
     }
     if let Some(patch) = &verdict.patch {
-        let text = json!(patch).to_string();
+        // To write it into bytes cannot fail.
+        let bytes = serde_json::to_vec(patch).unwrap_or_default();
         response["patchType"] = json!("JSONPatch");
-        response["patch"] = json!(base64::engine::general_purpose::STANDARD.encode(text));
+        response["patch"] = json!(base64::engine::general_purpose::STANDARD.encode(bytes));
     }
     envelope(response)
 }

@@ -108,7 +108,8 @@ impl Cluster {
             .arg("--kubeconfig")
             .arg(self.lab.inside_kubeconfig())
             // As it is installed (deploy/base/webhook-deployment.yaml).
-            .env("MALLOC_ARENA_MAX", "1");
+            .env("MIMALLOC_ARENA_EAGER_COMMIT", "0")
+            .env("MIMALLOC_PURGE_DELAY", "1");
         let start = Instant::now();
         let process = self.lab.spawn_inside("bench-howdah", &command)?;
         wait(&self.lab, || {
