@@ -4,6 +4,8 @@
 mod load;
 mod report;
 
+use std::fs::File;
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -26,8 +28,8 @@ const CLIENTS: &str = "4";
 const SCALE: &str = "5";
 /// Size of the volume of the database that is backed up.
 const VOLUME: &str = "2Gi";
-/// Between two backups in the rounds with backups; a backup takes about two.
-const BETWEEN_BACKUPS: Duration = Duration::from_secs(10);
+/// Size of the images that are written to, in GiB.
+const WRITTEN_GIB: u32 = 2;
 /// A database of the usual kind: the stage's own would write a checkpoint a second.
 const SETTINGS: [&str; 3] =
     ["shared_buffers = '64MB'", "max_wal_size = '512MB'", "checkpoint_timeout = '5min'"];
@@ -38,18 +40,18 @@ pub struct Plan {
     /// Pairs of a backup and the bare commands.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..=200))]
     pub backups: u16,
-    /// Pairs of pgbench rounds, one with backups and one without.
-    #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u16).range(1..=50))]
+    /// Pairs of pgbench rounds, one with a backup and one without.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=50))]
     pub rounds: u16,
     /// Seconds of a pgbench round.
-    #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u16).range(15..=600))]
+    #[arg(long, default_value_t = 45, value_parser = clap::value_parser!(u16).range(15..=600))]
     pub seconds: u16,
     /// Sizes of the images that are restored, in GiB.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 64, 1024])]
     pub sizes: Vec<u32>,
-    /// The largest image that is also rolled back, in GiB: the time grows with its size.
-    #[arg(long, default_value_t = 64)]
-    pub rollback_max: u32,
+    /// MiB that are written into an image of 2 GiB between its backup and its restore.
+    #[arg(long, value_delimiter = ',', default_values_t = [64, 256, 768])]
+    pub written: Vec<u32>,
     /// The folder of the report.
     #[arg(long, default_value = "docs/benchmarks")]
     pub report: PathBuf,
@@ -69,10 +71,12 @@ pub struct Round {
 pub struct Restored {
     /// Its size, in GiB.
     pub gib: u32,
+    /// What was written between the backup and the restore, in MiB, beside a few rows.
+    pub written_mib: u32,
     /// What a swap does between the proofs and the start.
     pub swap: Duration,
-    /// What a rollback does there; `None` where it was not tried.
-    pub rollback: Option<Duration>,
+    /// What a rollback does there.
+    pub rollback: Duration,
 }
 
 /// Everything that was measured.
@@ -84,11 +88,13 @@ pub struct Results {
     pub howdah: Vec<Duration>,
     /// Of each of these, the steps in backup mode.
     pub held: Vec<Duration>,
+    /// Of each of these, all steps until it is recorded: all but the pruning of older ones.
+    pub recorded: Vec<Duration>,
     /// The steps of the last backup: phase and milliseconds.
     pub steps: Vec<(&'static str, u64)>,
-    /// Rounds without backups.
+    /// Rounds without.
     pub alone: Vec<Round>,
-    /// Rounds with a backup every ten seconds.
+    /// Rounds with a backup.
     pub backed_up: Vec<Round>,
     /// By image size.
     pub restores: Vec<Restored>,
@@ -121,11 +127,11 @@ impl Plan {
                     } else {
                         let (took, status) = backup(&database, &format!("bench-{pair}"))?;
                         results.howdah.push(took);
-                        let held = status.steps.iter().filter(|step| {
-                            use Phase::{Snapshotting, StartingBackupMode, StoppingBackupMode};
-                            matches!(step.phase, StartingBackupMode | Snapshotting | StoppingBackupMode)
-                        });
-                        results.held.push(Duration::from_millis(held.filter_map(|step| step.took_ms).sum()));
+                        use Phase::{Pruning, Snapshotting, StartingBackupMode, StoppingBackupMode};
+                        results.held.push(time_in(&status, |phase| {
+                            matches!(phase, StartingBackupMode | Snapshotting | StoppingBackupMode)
+                        }));
+                        results.recorded.push(time_in(&status, |phase| phase != Pruning));
                         results.steps = status
                             .steps
                             .iter()
@@ -140,66 +146,72 @@ impl Plan {
                     if (turn + round) % 2 == 0 {
                         results.alone.push(self.round(&database, None)?);
                     } else {
-                        results.backed_up.push(self.round(&database, Some(round))?);
+                        results.backed_up.push(self.round(&database, Some(format!("load-{round}")))?);
                     }
                 }
             }
         }
-        for gib in &self.sizes {
-            eprintln!("restores of {gib} GiB");
-            results.restores.push(self.restores(&stage, *gib)?);
+        let by_size = self.sizes.iter().map(|gib| (*gib, 0));
+        for (gib, written_mib) in by_size.chain(self.written.iter().map(|mib| (WRITTEN_GIB, *mib))) {
+            eprintln!("restores of {gib} GiB with {written_mib} MiB written");
+            results.restores.push(restores(&stage, gib, written_mib)?);
         }
         scheduler.stop()?;
         report::write(self, &results)
     }
 
-    /// One round of pgbench; with backups if it has a number for their names.
-    fn round(&self, database: &Database<'_>, backups: Option<u16>) -> Result<Round> {
+    /// One round of pgbench; with a backup of this name a third into it, if there is one.
+    fn round(&self, database: &Database<'_>, backed_up_as: Option<String>) -> Result<Round> {
         let seconds = u64::from(self.seconds);
         std::thread::scope(|scope| {
             let load = scope.spawn(|| measured_pgbench(database, seconds));
-            let end = Instant::now() + Duration::from_secs(seconds);
-            let mut number = 0;
-            while let Some(round) = backups
-                && Instant::now() + BETWEEN_BACKUPS < end
-            {
-                let next = Instant::now() + BETWEEN_BACKUPS;
-                number += 1;
-                backup(database, &format!("load-{round}-{number}"))?;
-                std::thread::sleep(next.saturating_duration_since(Instant::now()));
+            if let Some(name) = backed_up_as {
+                std::thread::sleep(Duration::from_secs(seconds / 3));
+                backup(database, &name)?;
             }
             load.join().map_err(|_| anyhow::anyhow!("run pgbench: it panicked"))?
         })
     }
+}
 
-    fn restores(&self, stage: &Stage, gib: u32) -> Result<Restored> {
-        let name = format!("size-{gib}");
-        let mut database = stage.database_on(&name, &format!("{gib}Gi"), json!({}));
-        backup(&database, &format!("{name}-backup"))?;
-        database.stop();
-        let restore = |method: &str| {
-            let record = format!("{name}-{method}");
-            stage.apply(&json!({"apiVersion": "howdah.dev/v1alpha1", "kind": "PostgresRestore",
-                "metadata": {"name": record},
-                "spec": {"statefulSet": name, "to": format!("{name}-backup"), "method": method}}));
-            let status = || stage.restore(&record).unwrap_or_default();
-            let over = wait_until(RESTORE_LIMIT, || status().phase.is_terminal());
-            let status = status();
-            ensure!(over && status.phase == restore::Phase::Completed, "restore {name}: {status:?}");
-            let work = status.steps.iter().filter(|step| {
-                use restore::Phase::{
-                    Bookkeeping, Placing, Preparing, RollingBack, Safeguarding, SettingAside,
-                };
-                matches!(
-                    step.phase,
-                    Preparing | SettingAside | Placing | Bookkeeping | Safeguarding | RollingBack
-                )
-            });
-            anyhow::Ok(Duration::from_millis(work.filter_map(|step| step.took_ms).sum()))
-        };
-        let rollback = (gib <= self.rollback_max).then(|| restore("rollback")).transpose()?;
-        Ok(Restored { gib, swap: restore("swap")?, rollback })
+/// A rollback and a swap of one image.
+fn restores(stage: &Stage, gib: u32, written_mib: u32) -> Result<Restored> {
+    let name = format!("size-{gib}-{written_mib}");
+    let mut database = stage.database_on(&name, &format!("{gib}Gi"), json!({}));
+    backup(&database, &format!("{name}-backup"))?;
+    write(&database, written_mib)?;
+    database.stop();
+    let restore = |method: &str| {
+        let record = format!("{name}-{method}");
+        stage.apply(&json!({"apiVersion": "howdah.dev/v1alpha1", "kind": "PostgresRestore",
+            "metadata": {"name": record},
+            "spec": {"statefulSet": name, "to": format!("{name}-backup"), "method": method}}));
+        let status = || stage.restore(&record).unwrap_or_default();
+        let over = wait_until(RESTORE_LIMIT, || status().phase.is_terminal());
+        let status = status();
+        ensure!(over && status.phase == restore::Phase::Completed, "restore {name}: {status:?}");
+        let work = status.steps.iter().filter(|step| {
+            use restore::Phase::{Bookkeeping, Placing, Preparing, RollingBack, Safeguarding, SettingAside};
+            matches!(
+                step.phase,
+                Preparing | SettingAside | Placing | Bookkeeping | Safeguarding | RollingBack
+            )
+        });
+        anyhow::Ok(Duration::from_millis(work.filter_map(|step| step.took_ms).sum()))
+    };
+    let rollback = restore("rollback")?;
+    Ok(Restored { gib, written_mib, swap: restore("swap")?, rollback })
+}
+
+/// Writes a file of so many MiB, of which no two blocks are alike, beside the database.
+fn write(database: &Database<'_>, mib: u32) -> Result<()> {
+    let path = database.server.mapping().path().join("written");
+    let mut file = File::create(path).context("make a file beside the database")?;
+    for number in 0..mib {
+        let block: Vec<u8> = (0..1_u32 << 18).flat_map(|word| (word ^ number << 18).to_le_bytes()).collect();
+        file.write_all(&block).context("write beside the database")?;
     }
+    file.sync_all().context("sync what was written beside the database")
 }
 
 /// What no backup can do without.
@@ -221,4 +233,10 @@ fn backup(database: &Database<'_>, name: &str) -> Result<(Duration, BackupStatus
         anyhow::bail!("read when the backup {name} began and ended")
     };
     Ok((Duration::try_from(to.duration_since(from)).context("read a time")?, status))
+}
+
+/// The time of those steps of a backup.
+fn time_in(status: &BackupStatus, phases: impl Fn(Phase) -> bool) -> Duration {
+    let steps = status.steps.iter().filter(|step| phases(step.phase));
+    Duration::from_millis(steps.filter_map(|step| step.took_ms).sum())
 }
