@@ -265,6 +265,23 @@ mod tests {
         jiff::tz::TimeZoneDatabase::bundled().get(name).unwrap()
     }
 
+    #[test]
+    fn what_is_remembered_is_bounded_and_means_what_reading_again_would() {
+        for number in 0..REMEMBERED_MAX + 10 {
+            let text = format!("{} {} * * *", number % 60, number / 60);
+            let twice: [CronExpression; 2] = [text.parse().unwrap(), format!(" {text} ").parse().unwrap()];
+            assert_eq!((twice[0].as_str(), &twice[1]), (text.as_str(), &twice[0]));
+            assert_eq!(*twice[0].cron, read(&text).unwrap());
+            assert!(REMEMBERED.read().unwrap().len() <= REMEMBERED_MAX);
+        }
+        assert_eq!(
+            "61 * * * *".parse::<CronExpression>(),
+            "61 * * * *".parse(),
+            "an error is not remembered"
+        );
+        assert!(!REMEMBERED.read().unwrap().contains_key("61 * * * *"));
+    }
+
     /// One database and what is remembered of it.
     struct Database {
         schedule: CronExpression,

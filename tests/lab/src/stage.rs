@@ -4,11 +4,7 @@
 //!
 //! As in a test, whatever does not work ends the program, with where and why.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::missing_panics_doc,
-    reason = "it is the stage of tests and benchmarks"
-)]
+#![expect(clippy::unwrap_used, reason = "it is the stage of tests and benchmarks")]
 
 mod restores;
 

@@ -426,7 +426,14 @@ impl Webhook {
     pub async fn eventually<F: Future<Output = bool>>(&self, what: &str, mut done: impl FnMut() -> F) {
         let deadline = Instant::now() + SETTLE_LIMIT;
         while !done().await {
-            assert!(Instant::now() < deadline, "{what}: not within {} s", SETTLE_LIMIT.as_secs());
+            let running = self.replicas.iter().filter_map(|replica| replica.process.as_ref());
+            let logs = || running.map(|process| process.output().unwrap_or_default());
+            assert!(
+                Instant::now() < deadline,
+                "{what}: not within {} s\n{}",
+                SETTLE_LIMIT.as_secs(),
+                logs().collect::<String>()
+            );
             tokio::time::sleep(POLL).await;
         }
     }
