@@ -59,7 +59,7 @@ pub async fn connect(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
 /// Why a call to the API server failed. The text begins with what was attempted.
 #[derive(Debug, Error)]
 pub enum KubernetesError {
-    /// 404.
+    /// 404 for one object, or for its namespace.
     #[error("{attempt}: not found")]
     NotFound {
         /// What was attempted, as a verb phrase.
@@ -126,7 +126,9 @@ impl KubernetesError {
     pub fn new(attempt: impl Into<String>, cause: kube::Error) -> Self {
         let attempt = attempt.into();
         match cause {
-            kube::Error::Api(status) if status.code == 404 => Self::NotFound { attempt },
+            kube::Error::Api(status) if status.code == 404 && !is_of_the_kind(&status.message) => {
+                Self::NotFound { attempt }
+            }
             kube::Error::Api(status) if status.reason == "AlreadyExists" => Self::AlreadyExists { attempt },
             kube::Error::Api(status) if status.code == 409 => Self::Conflict { attempt },
             kube::Error::Api(status) if status.code == 403 => {
@@ -141,6 +143,14 @@ impl KubernetesError {
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::NotFound { .. })
     }
+}
+
+/// Whether a 404 says that its kind is not served, as while a custom resource definition is put in place, which says nothing
+/// of the object. The first is how the API server words it, the second how its router does.
+fn is_of_the_kind(message: &str) -> bool {
+    ["could not find the requested resource", "404 page not found"]
+        .iter()
+        .any(|words| message.contains(words))
 }
 
 /// Makes one API call: gives it [`CALL_TIMEOUT`] and sorts its error. `attempt` is a verb phrase, e.g. `get the claim db/data`.
@@ -690,6 +700,13 @@ mod tests {
             }))
         };
         assert!(KubernetesError::new("get it", status(404, "NotFound")).is_not_found());
+        for words in ["the server could not find the requested resource", "404 page not found\n"] {
+            let mut unserved = status(404, "NotFound");
+            if let kube::Error::Api(status) = &mut unserved {
+                status.message = words.to_owned();
+            }
+            assert!(!KubernetesError::new("get it", unserved).is_not_found(), "{words}");
+        }
         let exists = KubernetesError::new("create it", status(409, "AlreadyExists"));
         assert!(matches!(exists, KubernetesError::AlreadyExists { .. }));
         let conflict = KubernetesError::new("replace it", status(409, "Conflict"));
