@@ -126,7 +126,7 @@ impl KubernetesError {
     pub fn new(attempt: impl Into<String>, cause: kube::Error) -> Self {
         let attempt = attempt.into();
         match cause {
-            kube::Error::Api(status) if status.code == 404 && !is_of_the_kind(&status.message) => {
+            kube::Error::Api(status) if status.code == 404 && !kind_is_not_served(&status.message) => {
                 Self::NotFound { attempt }
             }
             kube::Error::Api(status) if status.reason == "AlreadyExists" => Self::AlreadyExists { attempt },
@@ -147,7 +147,7 @@ impl KubernetesError {
 
 /// Whether a 404 says that its kind is not served, as while a custom resource definition is put in place, which says nothing
 /// of the object. The first is how the API server words it, the second how its router does.
-fn is_of_the_kind(message: &str) -> bool {
+fn kind_is_not_served(message: &str) -> bool {
     ["could not find the requested resource", "404 page not found"]
         .iter()
         .any(|words| message.contains(words))

@@ -233,7 +233,7 @@ fn log(review: &Review, verdict: &Verdict, took: Duration) {
 }
 
 fn json(answer: &Value) -> Response {
-    // To write a value into bytes cannot fail, and takes half as long as to print it.
+    // To write a value into bytes cannot fail.
     let bytes = serde_json::to_vec(answer).unwrap_or_default();
     ([(header::CONTENT_TYPE, "application/json")], bytes).into_response()
 }

@@ -107,9 +107,7 @@ impl Cluster {
             .args(["--namespace", name, "--configuration", name, "--name", &reviews.ip().to_string()])
             .arg("--kubeconfig")
             .arg(self.lab.inside_kubeconfig())
-            // As it is installed (deploy/base/webhook-deployment.yaml).
-            .env("MIMALLOC_ARENA_EAGER_COMMIT", "0")
-            .env("MIMALLOC_PURGE_DELAY", "1");
+            .envs(reviews::environment()?);
         let start = Instant::now();
         let process = self.lab.spawn_inside("bench-howdah", &command)?;
         wait(&self.lab, || {

@@ -246,9 +246,7 @@ impl Webhook {
             .arg("--kubeconfig")
             .arg(&self.kubeconfig)
             .args(&self.flags)
-            // As in deploy/base/webhook-deployment.yaml.
-            .env("MIMALLOC_ARENA_EAGER_COMMIT", "0")
-            .env("MIMALLOC_PURGE_DELAY", "1");
+            .envs(reviews::environment().unwrap());
         // The audits of tests side by side would write each other's reports; the test of the audit turns its own on.
         let defaults = [
             ("--log", "info,howdah_webhook=debug"),
