@@ -179,6 +179,43 @@ pub async fn call_within<T>(
     }
 }
 
+/// Gets one object by its name; none when there is none.
+///
+/// kube's `get_opt` takes every 404 for that, also that of a kind that is not served at the moment.
+///
+/// # Errors
+/// Those of the call, and [`KubernetesError::TimedOut`].
+pub async fn find<K>(
+    attempt: impl Into<String>,
+    api: &Api<K>,
+    name: &str,
+) -> Result<Option<K>, KubernetesError>
+where
+    K: Clone + DeserializeOwned + Debug,
+{
+    find_within(CALL_TIMEOUT, attempt, api, name).await
+}
+
+/// Like [`find`] with a limit of the caller's own.
+///
+/// # Errors
+/// Those of the call, and [`KubernetesError::TimedOut`].
+pub async fn find_within<K>(
+    limit: Duration,
+    attempt: impl Into<String>,
+    api: &Api<K>,
+    name: &str,
+) -> Result<Option<K>, KubernetesError>
+where
+    K: Clone + DeserializeOwned + Debug,
+{
+    match call_within(limit, attempt, api.get(name)).await {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if error.is_not_found() => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// Why a claim's image could not be found.
 #[derive(Debug, Error)]
 pub enum ResolveError {
@@ -359,7 +396,7 @@ impl Kubernetes {
     /// A class may be gone or be only a name on static volumes; that is no error, it just tells nothing.
     async fn class_parameters(&self, class: &str) -> Result<BTreeMap<String, String>, KubernetesError> {
         let classes = Api::<StorageClass>::all(self.client.clone());
-        let found = call(format!("get the storage class {class}"), classes.get_opt(class)).await?;
+        let found = find(format!("get the storage class {class}"), &classes, class).await?;
         Ok(found.and_then(|class| class.parameters).unwrap_or_default())
     }
 

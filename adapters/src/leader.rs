@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::kubernetes::{KubernetesError, call_within};
+use crate::kubernetes::{KubernetesError, call_within, find_within};
 
 /// Who competes for which lease, and how fast.
 #[derive(Clone, Debug)]
@@ -116,7 +116,7 @@ impl Election {
     async fn attempt(&self, observed: &mut Option<Observed>) -> Result<Option<Lease>, KubernetesError> {
         let name = &self.settings.name;
         let limit = self.settings.renew_deadline;
-        let found = call_within(limit, format!("get the lease {name}"), self.leases.get_opt(name)).await?;
+        let found = find_within(limit, format!("get the lease {name}"), &self.leases, name).await?;
         let Some(lease) = found else {
             let lease = Lease {
                 metadata: ObjectMeta { name: Some(name.clone()), ..ObjectMeta::default() },

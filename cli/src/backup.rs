@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use howdah_adapters::kubernetes::{KubernetesError, call};
+use howdah_adapters::kubernetes::{KubernetesError, call, find};
 use howdah_adapters::records::{PostgresBackup, PostgresBackupSpec};
 use howdah_core::annotations;
 use howdah_core::backup::{BackupStatus, Phase, Trigger};
@@ -85,7 +85,7 @@ async fn create(
 async fn protected(client: &Client, namespace: &str, name: &str) -> anyhow::Result<StatefulSet> {
     let label = format!("{}={}", names::PROTECT_LABEL, names::PROTECT_VALUE);
     let sets = Api::<StatefulSet>::namespaced(client.clone(), namespace);
-    let found = call(format!("get the StatefulSet {namespace}/{name}"), sets.get_opt(name)).await?;
+    let found = find(format!("get the StatefulSet {namespace}/{name}"), &sets, name).await?;
     let Some(set) = found else {
         bail!(
             "back up {namespace}/{name}: there is no such StatefulSet; list the protected ones with: \

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, bail, ensure};
 use howdah_adapters::ceph::{Ceph, CephPlace};
-use howdah_adapters::kubernetes::{Kubernetes, KubernetesError, call};
+use howdah_adapters::kubernetes::{Kubernetes, KubernetesError, call, find};
 use howdah_adapters::records::{PostgresBackup, PostgresBackupSpec};
 use howdah_core::backup::{ImageRecord, SnapshotRecord};
 use howdah_core::catalogue::{self, Found, Rebuilt};
@@ -134,7 +134,7 @@ fn parse_target(text: &str) -> anyhow::Result<(String, String)> {
 /// claim no longer names.
 async fn pools_of(kubernetes: &Kubernetes, namespace: &str, name: &str) -> anyhow::Result<BTreeSet<Pool>> {
     let sets = Api::<StatefulSet>::namespaced(kubernetes.client().clone(), namespace);
-    let found = call(format!("get the StatefulSet {namespace}/{name}"), sets.get_opt(name)).await?;
+    let found = find(format!("get the StatefulSet {namespace}/{name}"), &sets, name).await?;
     let set = found.with_context(|| {
         format!("find the StatefulSet {namespace}/{name}: if it is lost, too, rebuild its pool with --pool")
     })?;
@@ -204,7 +204,7 @@ enum Outcome {
 async fn put_back(client: &Client, rebuilt: &Rebuilt, dry_run: bool) -> anyhow::Result<Outcome> {
     let (namespace, name) = (&rebuilt.entry.namespace, &rebuilt.entry.backup);
     let records = Api::<PostgresBackup>::namespaced(client.clone(), namespace);
-    let found = call(format!("get the PostgresBackup {namespace}/{name}"), records.get_opt(name)).await?;
+    let found = find(format!("get the PostgresBackup {namespace}/{name}"), &records, name).await?;
     let wanted = record(rebuilt);
     let mut record = match found {
         Some(found) if found.spec.stateful_set != rebuilt.entry.database => {

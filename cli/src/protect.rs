@@ -1,7 +1,7 @@
 //! `protect`: lets the scheduler read the Secrets of one namespace, and tells what that means.
 
 use anyhow::Context as _;
-use howdah_adapters::kubernetes::{Kubernetes, call};
+use howdah_adapters::kubernetes::{Kubernetes, find};
 use k8s_openapi::api::rbac::v1::{ClusterRole, RoleBinding, RoleRef, Subject};
 use kube::api::ObjectMeta;
 use kube::{Api, Client};
@@ -17,13 +17,13 @@ const SCHEDULER: &str = "howdah-scheduler";
 pub async fn run(client: Client, arguments: ProtectArgs) -> anyhow::Result<String> {
     let ProtectArgs { target, howdah_namespace, .. } = &arguments;
     let roles = Api::<ClusterRole>::all(client.clone());
-    if call(format!("get the ClusterRole {ROLE}"), roles.get_opt(ROLE)).await?.is_none() {
+    if find(format!("get the ClusterRole {ROLE}"), &roles, ROLE).await?.is_none() {
         anyhow::bail!(
             "bind the ClusterRole {ROLE}: it does not exist; install howdah first (deploy/README.md)"
         );
     }
     let bindings = Api::<RoleBinding>::namespaced(client.clone(), target);
-    let before = call(format!("get the RoleBinding {target}/{ROLE}"), bindings.get_opt(ROLE)).await?;
+    let before = find(format!("get the RoleBinding {target}/{ROLE}"), &bindings, ROLE).await?;
     let wanted = binding(&arguments);
     let same = before
         .as_ref()

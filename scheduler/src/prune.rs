@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use howdah_adapters::ceph::{Ceph, CephError, Snapshot};
-use howdah_adapters::kubernetes::{KubernetesError, call};
+use howdah_adapters::kubernetes::{KubernetesError, call, find};
 use howdah_adapters::records::{PostgresBackup, PostgresRestore};
 use howdah_core::annotations::Settings;
 use howdah_core::backup::{BackupStatus, ImageRecord, Phase};
@@ -340,7 +340,7 @@ impl Pruning<'_> {
         });
         if let Some(record) = record {
             let name = record.name_any();
-            let fresh = call(format!("get the backup {}/{name}", self.namespace), api.get_opt(&name)).await?;
+            let fresh = find(format!("get the backup {}/{name}", self.namespace), &api, &name).await?;
             if fresh.is_some_and(|fresh| fresh.annotations().contains_key(names::HOLD)) {
                 info!(image, snapshot = item.snapshot, "kept: a hold was put on it");
                 return Ok(false);

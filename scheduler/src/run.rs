@@ -7,7 +7,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use howdah_adapters::kubernetes::{KubernetesError, call};
+use howdah_adapters::kubernetes::{KubernetesError, call, find};
 use howdah_adapters::leader::Mandate;
 use jiff::Timestamp;
 use kube::api::PostParams;
@@ -155,7 +155,7 @@ impl<O: Operation> Journal<O> {
     /// Reads the record; `None` when it is gone.
     async fn open(cx: &Context, namespace: &str, name: &str) -> anyhow::Result<Option<Self>> {
         let api = Api::<O::Record>::namespaced(cx.kubernetes.client().clone(), namespace);
-        let found = call(format!("get the {} {namespace}/{name}", O::NOUN), api.get_opt(name)).await?;
+        let found = find(format!("get the {} {namespace}/{name}", O::NOUN), &api, name).await?;
         Ok(found.map(|record| Self { api, namespace: namespace.to_owned(), record }))
     }
 

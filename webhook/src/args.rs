@@ -197,11 +197,9 @@ impl Args {
         tasks.spawn("caches", caches.run(signal.clone()));
         tasks.spawn("certificates", keeper.run(signal.clone()));
         tasks.spawn("fail-closed", fail_closed.run(signal.clone()));
-        tasks.spawn("protected-sets", lists.run(signal.clone()));
         tasks.spawn("denials", publisher.run(Kubernetes::new(client, NAME), signal.clone()));
-        if let Some(auditor) = auditor {
-            tasks.spawn("background", background::run(election, auditor, audited.leading, signal.clone()));
-        }
+        let background = background::run(election, lists, auditor, audited.leading, signal.clone());
+        tasks.spawn("background", background);
         tasks.spawn("diagnostics", diagnostics.serve(drained.clone()));
         if let Some(clients) = clients {
             tasks.spawn(

@@ -1,6 +1,7 @@
 //! What one replica does for all of them: the one that holds the Lease `howdah-webhook`.
 //!
-//! Reviews need no leader. The audit does: two of them would write the same reports and tell everything twice.
+//! Reviews need no leader. The audit does: two of them would write the same reports and tell everything twice. The lists of
+//! protected StatefulSets do: one replica would put back what another has just taken away.
 
 use howdah_adapters::leader::Election;
 use prometheus_client::metrics::gauge::Gauge;
@@ -8,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::audit::Auditor;
+use crate::lists::Lists;
 
 /// Leads whenever the Lease allows it, until the shutdown.
 ///
@@ -15,7 +17,8 @@ use crate::audit::Auditor;
 /// If a part of the work ends by itself.
 pub async fn run(
     election: Election,
-    auditor: Auditor,
+    lists: Lists,
+    auditor: Option<Auditor>,
     leading: Gauge,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
@@ -24,7 +27,8 @@ pub async fn run(
         leading.set(1);
         let ended = tokio::select! {
             () = shutdown.cancelled() => Ok(()),
-            ended = auditor.run(leadership.lost()) => ended,
+            ended = lists.run(leadership.lost()) => ended,
+            ended = audit(auditor.as_ref(), leadership.lost()) => ended,
         };
         leading.set(0);
         leadership.resign().await;
@@ -32,4 +36,15 @@ pub async fn run(
         info!("leadership ended");
     }
     Ok(())
+}
+
+/// Audits until the leadership is lost, unless the audit is turned off.
+async fn audit(auditor: Option<&Auditor>, lost: &CancellationToken) -> anyhow::Result<()> {
+    match auditor {
+        Some(auditor) => auditor.run(lost).await,
+        None => {
+            lost.cancelled().await;
+            Ok(())
+        }
+    }
 }

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use howdah_adapters::kubernetes::{KubernetesError, call_within};
+use howdah_adapters::kubernetes::{KubernetesError, call_within, find_within};
 use howdah_adapters::telemetry::Gate;
 use howdah_core::names;
 use howdah_core::policy::parents::{belongs_to, is_pod_of, named_by};
@@ -154,7 +154,7 @@ impl Cluster {
         let claims = Api::<PersistentVolumeClaim>::namespaced(self.client.clone(), request.namespace);
         for name in needed.claims {
             let attempt = format!("look up the claim {}/{name}", request.namespace);
-            if let Some(claim) = call_within(LOOKUP_TIMEOUT, attempt, claims.get_opt(&name)).await? {
+            if let Some(claim) = find_within(LOOKUP_TIMEOUT, attempt, &claims, &name).await? {
                 let claim = Claim::from_json(&raw(&claim));
                 match (&claim.volume, &claim.storage_class) {
                     (Some(volume), _) => {
@@ -172,7 +172,7 @@ impl Cluster {
         let volumes = Api::<PersistentVolume>::all(self.client.clone());
         for name in needed.volumes {
             let attempt = format!("look up the volume {name}");
-            if let Some(volume) = call_within(LOOKUP_TIMEOUT, attempt, volumes.get_opt(&name)).await? {
+            if let Some(volume) = find_within(LOOKUP_TIMEOUT, attempt, &volumes, &name).await? {
                 facts.volumes.insert(name, Volume::from_json(&raw(&volume)));
             }
         }
@@ -218,7 +218,7 @@ impl Cluster {
         };
         let sets = Api::<StatefulSet>::namespaced(self.client.clone(), request.namespace);
         let attempt = format!("look up the StatefulSet {}/{name}", request.namespace);
-        match call_within(LOOKUP_TIMEOUT, attempt, sets.get_opt(name)).await {
+        match find_within(LOOKUP_TIMEOUT, attempt, &sets, name).await {
             Ok(set) => {
                 let set = set.map(|set| raw(&set)).filter(|set| belongs_to(request, set));
                 (set, Some(Lookup::ApiServer))
@@ -236,7 +236,7 @@ impl Cluster {
     async fn follow_pod(&self, request: &Request<'_>, facts: &mut ClusterFacts) {
         let pods = Api::<Pod>::namespaced(self.client.clone(), request.namespace);
         let attempt = format!("look up the pod {}/{}", request.namespace, request.name);
-        match call_within(LOOKUP_TIMEOUT, attempt, pods.get_opt(request.name)).await {
+        match find_within(LOOKUP_TIMEOUT, attempt, &pods, request.name).await {
             Ok(pod) => {
                 let pod = pod.map(|pod| raw(&pod));
                 facts.parent =
@@ -251,7 +251,7 @@ impl Cluster {
     async fn is_terminating(&self, namespace: &str) -> bool {
         let namespaces = Api::<PartialObjectMeta<Namespace>>::all(self.client.clone());
         let attempt = format!("look up the namespace {namespace}");
-        match call_within(LOOKUP_TIMEOUT, attempt, namespaces.get_opt(namespace)).await {
+        match find_within(LOOKUP_TIMEOUT, attempt, &namespaces, namespace).await {
             Ok(found) => found.is_some_and(|found| found.metadata.deletion_timestamp.is_some()),
             Err(error) => {
                 warn!(%error, "taking a namespace for one that stays");

@@ -2,7 +2,8 @@
 //!
 //! The API server refuses by these lists, through a ValidatingAdmissionPolicy, what would harm a protected StatefulSet
 //! while no webhook serves. `howdah_core::policy::floor` decides what stands in them; they are written only when that
-//! differs from what is there. All replicas do the same and write the same.
+//! differs from what is there. One replica writes for all ([`crate::background`]): of two, the one whose watch has fallen
+//! behind would take away what the other has just written.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -27,7 +28,7 @@ use crate::facts::{drain, raw};
 /// Owner of the lists in the managed fields.
 const FIELD_MANAGER: &str = "howdah-webhook-lists";
 /// How long changes are gathered before they are written: a rollout changes many sets at once. It also bounds the writes,
-/// should two replicas ever see different things.
+/// should somebody else write the lists as well.
 const GATHER: Duration = Duration::from_secs(1);
 /// Longest sleep between two looks: exemptions end by the clock alone.
 const LOOK_EVERY: Duration = Duration::from_secs(300);
@@ -48,18 +49,18 @@ impl Lists {
         Self { client, protected, changed }
     }
 
-    /// Keeps the lists until the shutdown.
+    /// Keeps the lists until the leadership is lost.
     ///
     /// # Errors
     /// Only if a watch ends, which it never does by itself: failed writes are logged and tried again.
-    pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+    pub async fn run(&self, lost: &CancellationToken) -> anyhow::Result<()> {
         let (lists, writer) = reflector::store::<ProtectedSets>();
         let name = format!("metadata.name={}", names::PROTECTED_SETS);
         let only = watcher::Config::default().fields(&name);
         let watch = watcher(Api::<ProtectedSets>::all(self.client.clone()), only).default_backoff();
         let watch = reflector::reflector(writer, watch.modify(|list| list.managed_fields_mut().clear()));
         tokio::select! {
-            () = shutdown.cancelled() => Ok(()),
+            () = lost.cancelled() => Ok(()),
             ended = drain(watch, |_| self.changed.notify_one()) => Err(ended.context("watch the lists of protected StatefulSets")),
             () = self.keep(&lists) => Ok(()),
         }

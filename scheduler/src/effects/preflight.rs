@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use howdah_adapters::ceph::Ceph;
-use howdah_adapters::kubernetes::{Credentials, KubernetesError, ResolveError, call, is_ready};
+use howdah_adapters::kubernetes::{Credentials, KubernetesError, ResolveError, find, is_ready};
 use howdah_adapters::postgres::{ServerFacts, Session as PostgresSession, Target};
 use howdah_core::annotations::{Consistency, Settings};
 use howdah_core::backup::{Database, Facts, FailureKind, ImageRecord, Problem, Session};
@@ -188,7 +188,7 @@ async fn room(cx: &Context, ceph: &Ceph, pool: &str) -> Result<Option<Problem>, 
 /// The StatefulSet as it is now, if it is protected.
 pub async fn protected(cx: &Context, namespace: &str, name: &str) -> Result<Option<StatefulSet>, Problem> {
     let sets = Api::<StatefulSet>::namespaced(cx.kubernetes.client().clone(), namespace);
-    let found = call(format!("get the StatefulSet {namespace}/{name}"), sets.get_opt(name)).await;
+    let found = find(format!("get the StatefulSet {namespace}/{name}"), &sets, name).await;
     let is_protected = |set: &StatefulSet| {
         set.labels().get(names::PROTECT_LABEL).is_some_and(|value| value == names::PROTECT_VALUE)
     };
@@ -199,7 +199,7 @@ pub async fn protected(cx: &Context, namespace: &str, name: &str) -> Result<Opti
 pub async fn pod(cx: &Context, namespace: &str, database: &StatefulSet) -> Result<Option<Pod>, Problem> {
     let name = format!("{}-{}", database.name_any(), first_ordinal(database));
     let pods = Api::<Pod>::namespaced(cx.kubernetes.client().clone(), namespace);
-    let found = call(format!("get the pod {namespace}/{name}"), pods.get_opt(&name)).await;
+    let found = find(format!("get the pod {namespace}/{name}"), &pods, &name).await;
     let pod = found.map_err(|error| of_kubernetes(&error))?;
     let replicas = database.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(1);
     match pod {

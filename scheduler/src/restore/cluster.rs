@@ -1,6 +1,6 @@
 //! What a restore does in Kubernetes: the gate, the scale, the proofs, and the question whether the database answers.
 
-use howdah_adapters::kubernetes::{KubernetesError, call, is_ready};
+use howdah_adapters::kubernetes::{KubernetesError, call, find, is_ready};
 use howdah_adapters::postgres::{PostgresError, Session, Target};
 use howdah_adapters::records::PostgresRestore;
 use howdah_core::backup::{FailureKind, ImageRecord, Problem};
@@ -38,7 +38,7 @@ impl Restore<'_> {
     pub(super) async fn open_gate(&mut self) -> Result<Event, Problem> {
         let name = self.record.spec.target();
         let attempt = format!("get the StatefulSet {}/{name}", self.namespace());
-        let found = call(attempt, self.sets().get_opt(name)).await.map_err(|error| of_kubernetes(&error))?;
+        let found = find(attempt, &self.sets(), name).await.map_err(|error| of_kubernetes(&error))?;
         if let Some(database) =
             found.filter(|set| set.annotations().get(names::GATE) == Some(&self.order.gate()))
         {
@@ -66,7 +66,7 @@ impl Restore<'_> {
     /// Puts the finalizer on the record, or takes it off.
     async fn keep_record(&self, keep: bool) -> Result<(), Problem> {
         let (api, name) = (self.records(), self.order.name.as_str());
-        let found = call(format!("get the restore {name}"), api.get_opt(name)).await;
+        let found = find(format!("get the restore {name}"), &api, name).await;
         let Some(record) = found.map_err(|error| of_kubernetes(&error))? else { return Ok(()) };
         let record: PostgresRestore = record;
         let mut finalizers = record.finalizers().to_vec();
@@ -195,7 +195,7 @@ impl Restore<'_> {
         let database = self.database().await?;
         let (namespace, name) = (self.namespace(), pod_name(&database));
         let pods = Api::<Pod>::namespaced(self.cx.kubernetes.client().clone(), &namespace);
-        let pod = call(format!("get the pod {namespace}/{name}"), pods.get_opt(&name)).await;
+        let pod = find(format!("get the pod {namespace}/{name}"), &pods, &name).await;
         let silent = |seen: String| Ok(Event::Silent { seen });
         let Some(pod) = pod.map_err(|error| of_kubernetes(&error))? else {
             return silent(format!("the pod {name} does not exist yet"));

@@ -2,7 +2,7 @@
 //! is to take its place. Only reads.
 
 use howdah_adapters::ceph::{Ceph, ImageInfo};
-use howdah_adapters::kubernetes::call;
+use howdah_adapters::kubernetes::{call, find};
 use howdah_adapters::records::{PostgresBackup, PostgresRestore};
 use howdah_core::backup::{ImageRecord, Phase as BackupPhase, Problem, SnapshotRecord};
 use howdah_core::restore::{
@@ -109,7 +109,7 @@ impl Restore<'_> {
         let (namespace, name) = (self.namespace(), self.record.spec.target());
         let api = Api::<StatefulSet>::namespaced(self.cx.kubernetes.client().clone(), &namespace);
         let attempt = format!("get the StatefulSet {namespace}/{name}");
-        let found = call(attempt, api.get_opt(name)).await.map_err(|error| of_kubernetes(&error))?;
+        let found = find(attempt, &api, name).await.map_err(|error| of_kubernetes(&error))?;
         let found = found.ok_or_else(|| {
             permanent(
                 format!("there is no StatefulSet {namespace}/{name}"),
@@ -161,7 +161,7 @@ impl Restore<'_> {
     ) -> Result<Option<Pod>, Problem> {
         let (namespace, name) = (self.namespace(), pod_name(database));
         let pods = Api::<Pod>::namespaced(self.cx.kubernetes.client().clone(), &namespace);
-        let pod = call(format!("get the pod {namespace}/{name}"), pods.get_opt(&name)).await;
+        let pod = find(format!("get the pod {namespace}/{name}"), &pods, &name).await;
         let pod = pod.map_err(|error| of_kubernetes(&error))?;
         let watchers = ceph.watchers(&image.spec()).await.map_err(of_ceph)?;
         let addresses: Vec<String> = watchers.iter().map(|watcher| ip_of(&watcher.address)).collect();
@@ -266,8 +266,7 @@ impl Restore<'_> {
     /// What the restore that is to be undone kept, if that still fits what is in place.
     async fn safety_copy(&self, ceph: &Ceph, name: &str, image: &ImageRecord) -> Result<Chosen, Problem> {
         let attempt = format!("get the restore {}/{name}", self.namespace());
-        let found =
-            call(attempt, self.records().get_opt(name)).await.map_err(|error| of_kubernetes(&error))?;
+        let found = find(attempt, &self.records(), name).await.map_err(|error| of_kubernetes(&error))?;
         let undone: PostgresRestore =
             found.ok_or_else(|| permanent(format!("there is no restore {name}"), "see kubectl get pgr"))?;
         if undone.spec.target() != self.record.spec.target() {

@@ -26,6 +26,7 @@ use crate::repository;
 use crate::storage::claim::{Claim, wait_slowly};
 use crate::testing::{Process, TempNamespace, shared_name};
 use futures::{StreamExt as _, pin_mut};
+use howdah_adapters::kubernetes::find;
 use howdah_adapters::records::PostgresBackup;
 use howdah_core::backup::{BackupStatus, Phase};
 use kube::api::ListParams;
@@ -221,7 +222,7 @@ impl Stage {
 
     /// The record; none when it is gone.
     pub fn backup(&self, name: &str) -> Option<PostgresBackup> {
-        self.runtime.block_on(self.records().get_opt(name)).unwrap()
+        self.runtime.block_on(find("get a backup", &self.records(), name)).unwrap()
     }
 
     /// What the record says; nothing yet is the default.

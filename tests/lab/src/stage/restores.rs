@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use futures::{StreamExt as _, pin_mut};
+use howdah_adapters::kubernetes::find;
 use howdah_adapters::records::PostgresRestore;
 use howdah_core::restore::RestoreStatus;
 use k8s_openapi::api::core::v1::Pod;
@@ -23,7 +24,7 @@ impl Stage {
 
     /// What the record says; none when there is no such record, or nothing yet.
     pub fn restore(&self, name: &str) -> Option<RestoreStatus> {
-        self.runtime.block_on(self.restores().get_opt(name)).unwrap()?.status
+        self.runtime.block_on(find("get a restore", &self.restores(), name)).unwrap()?.status
     }
 
     /// The record with this status: no two are alike.
@@ -81,7 +82,7 @@ impl Stage {
     /// The uid of a pod; none when there is none, or when it is going.
     pub fn pod_uid(&self, pod: &str) -> Option<String> {
         let pods = Api::<Pod>::namespaced(self.client.clone(), self.namespace.name());
-        let found = self.runtime.block_on(pods.get_opt(pod)).unwrap()?;
+        let found = self.runtime.block_on(find("get a pod", &pods, pod)).unwrap()?;
         found.metadata.deletion_timestamp.is_none().then_some(found.metadata.uid?)
     }
 }

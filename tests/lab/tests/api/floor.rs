@@ -323,6 +323,41 @@ async fn the_list_of_protected_sets_follows_them() {
 }
 
 #[tokio::test]
+async fn one_replica_keeps_the_lists_and_the_other_goes_on_when_it_is_gone() {
+    let mut webhook = Webhook::absent().await;
+    webhook.install(&[], 2);
+    let leads = |webhook: &Webhook, index: usize| {
+        webhook.metrics(index).lines().any(|line| line == "howdah_background_leading 1")
+    };
+    // More than once, so that two that write are not missed by chance.
+    for names in [&["a"][..], &["a", "b"], &["a", "b", "c"]] {
+        let new = database(names.last().unwrap(), 0);
+        assert!(webhook.create("statefulsets", &new, false).await.passed());
+        listed(&webhook, names).await;
+    }
+    let own = format!("namespace=\"{}\"", webhook.namespace.name());
+    let wrote = |webhook: &Webhook, index: usize| {
+        let output = webhook.output(index);
+        output.lines().any(|line| line.contains("wrote the list of protected") && line.contains(&own))
+    };
+    let leader = (0..2).find(|index| leads(&webhook, *index)).unwrap();
+    let other = 1 - leader;
+    assert!(!leads(&webhook, other), "both lead");
+    assert!(wrote(&webhook, leader), "{}", webhook.output(leader));
+    assert!(!wrote(&webhook, other), "{}", webhook.output(other));
+
+    webhook.kill_replica(leader);
+    webhook.eventually("the other leads", || async { leads(&webhook, other) }).await;
+    // Who breaks the glass needs no webhook.
+    let sets = format!("/apis/apps/v1/namespaces/{}/statefulsets", webhook.namespace.name());
+    let data = serde_json::to_vec(&database("d", 0)).unwrap();
+    let glass = break_glass(&webhook).await;
+    let made = send(&glass, &sets, |request| request.create(&PostParams::default(), data)).await;
+    assert!(made.passed(), "{}", made.message());
+    listed(&webhook, &["a", "b", "c", "d"]).await;
+}
+
+#[tokio::test]
 async fn the_api_server_takes_the_policies_without_a_warning() {
     let mut webhook = Webhook::absent().await;
     webhook.apply_floor().await;

@@ -300,11 +300,16 @@ impl Webhook {
 
     /// Kills every replica as a crash would.
     pub fn kill(&mut self) {
-        for replica in &mut self.replicas {
-            let Some(mut process) = replica.process.take() else { continue };
-            process.signal(Signal::SIGKILL).unwrap();
-            assert!(process.wait_gone(READY_LIMIT));
+        for index in 0..self.replicas.len() {
+            self.kill_replica(index);
         }
+    }
+
+    /// Kills one replica as a crash would; it may have ended.
+    pub fn kill_replica(&mut self, index: usize) {
+        let Some(mut process) = self.replicas[index].process.take() else { return };
+        process.signal(Signal::SIGKILL).unwrap();
+        assert!(process.wait_gone(READY_LIMIT));
     }
 
     /// Asks the first replica to end, and returns at once.

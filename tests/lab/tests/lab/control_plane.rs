@@ -1,5 +1,6 @@
 //! The control plane answers, from outside and from inside, and a second `up` changes nothing.
 
+use howdah_adapters::kubernetes::find;
 use howdah_lab::control_plane::API_FORWARD;
 use howdah_lab::lab::Lab;
 use howdah_lab::testing::shared_name;
@@ -27,7 +28,7 @@ async fn a_client_outside_the_namespace_reads_and_writes() {
 
     let name = namespace.name().to_owned();
     drop(namespace);
-    let left = Api::<Namespace>::all(client).get_opt(&name).await.unwrap();
+    let left = find("get a namespace", &Api::<Namespace>::all(client), &name).await.unwrap();
     assert!(
         left.is_none_or(|left| left.metadata.deletion_timestamp.is_some()),
         "{name} is not being deleted"
