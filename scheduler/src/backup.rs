@@ -21,12 +21,13 @@ pub async fn run(cx: &Context, namespace: &str, name: &str, mandate: &Mandate) -
         () = mandate.ended() => return Ok(()),
         permit = cx.permits.acquire() => permit.context("wait for a free place")?,
     };
-    run::run(cx, namespace, name, mandate, |record| {
+    let run = run::run(cx, namespace, name, mandate, |record| {
         let settings = settings_of(cx, namespace, record);
         let order = order_of(record, settings.as_ref().ok());
         Effects::new(cx, record, order, settings)
-    })
-    .await
+    });
+    // On the heap from here on: ten thousand may wait for a place, and each would be as large as one that runs.
+    Box::pin(run).await
 }
 
 impl Operation for Effects<'_> {

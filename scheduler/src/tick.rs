@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use futures::{StreamExt as _, stream};
 use howdah_adapters::kubernetes::{KubernetesError, call};
 use howdah_adapters::leader::Mandate;
 use howdah_adapters::records::{PostgresBackup, PostgresBackupSpec, PostgresRestore};
@@ -35,6 +36,10 @@ use crate::{backup, restore, verify};
 const SILENT_WAKES_MAX: u32 = 4;
 /// Wake-ups between two looks whether a restore drill is due.
 const DRILL_LOOK_WAKES: u32 = 5;
+/// Slots that are reserved at a time. Thousands may be due in one tick; an API server answers so many at once without haste.
+const RESERVED_AT_A_TIME: usize = 8;
+/// An operation that waits for its place: ten thousand may, when all databases are due at once.
+const WAITING_BYTES_MAX: usize = 1024;
 /// How long running backups may go on after the signal to end: longer than the limits of the steps inside backup
 /// mode together, shorter than the pod's grace period.
 const DRAIN: Duration = Duration::from_secs(75);
@@ -199,12 +204,13 @@ impl Term {
         self.watch_clock(now);
         let began = Instant::now();
         let databases = self.cx.caches.databases();
+        let mut due = Vec::new();
         for database in &databases {
             if self.is_quiet(database, now) {
                 continue;
             }
             let quiet = match annotations::parse(database.annotations()) {
-                Ok(settings) => self.look_at(database, &settings, now).await,
+                Ok(settings) => self.look_at(database, &settings, now, &mut due),
                 // The webhook denies these; one that was there before is counted, not shouted about every tick.
                 Err(_) => Some(Quiet { until: None, unreadable: true, ..Quiet::of(&self.cx, database) }),
             };
@@ -214,6 +220,7 @@ impl Term {
                 None => self.quiet.remove(&uid),
             };
         }
+        self.reserve(due).await;
         let unreadable = self.quiet.values().filter(|quiet| quiet.unreadable).count();
         self.cx.metrics.unreadable.set(i64::try_from(unreadable).unwrap_or(i64::MAX));
         self.measure(&databases, now);
@@ -250,8 +257,14 @@ impl Term {
             && quiet.backups == self.cx.caches.backups().version(&key_of(database))
     }
 
-    /// Reserves the slot of one database if it is due; says for how long nothing will be, if that is known.
-    async fn look_at(&mut self, database: &Protected, settings: &Settings, now: Timestamp) -> Option<Quiet> {
+    /// Puts the slot of one database on the list if it is due; says for how long nothing will be, if that is known.
+    fn look_at(
+        &mut self,
+        database: &Protected,
+        settings: &Settings,
+        now: Timestamp,
+        due: &mut Vec<Due>,
+    ) -> Option<Quiet> {
         let quiet = Quiet::of(&self.cx, database);
         let Some(expression) = &settings.schedule else { return Some(quiet) };
         // An operation holds the database: a slot that falls due meanwhile is caught up afterwards, or was missed.
@@ -276,10 +289,7 @@ impl Term {
         };
         let decision = schedule::decide(now, &known);
         match decision {
-            Decision::Start { slot, late } => {
-                info!(namespace = key.0, database = key.1, slot = %slot, late_ms = late.as_millis(), "slot is due");
-                self.reserve(database, slot).await;
-            }
+            Decision::Start { slot, late } => due.push(Due { database: key, uid: uid.clone(), slot, late }),
             Decision::Wait(Waiting::Missed { slot }) if self.missed.insert((uid.clone(), slot)) => {
                 warn!(namespace = key.0, database = key.1, slot = %slot, "slot was missed and is too old to catch up");
                 self.cx.metrics.missed.inc();
@@ -315,41 +325,37 @@ impl Term {
         }
     }
 
-    /// Creates the record, whose name is the lock on the slot.
-    async fn reserve(&mut self, database: &Protected, slot: Timestamp) {
-        let (namespace, name) = key_of(database);
-        let uid = database.uid();
-        let record = names::backup_name(&name, slot);
-        let mut backup = PostgresBackup::new(
-            &record,
-            PostgresBackupSpec {
-                stateful_set: name.clone(),
-                stateful_set_uid: uid.clone(),
-                slot: Some(slot),
-                trigger: Trigger::Schedule,
-                consistency: None,
-            },
-        );
-        // No owner reference: deleting the StatefulSet must not delete what is known of its backups.
-        backup.metadata = ObjectMeta {
-            labels: Some([(names::DATABASE_LABEL.to_owned(), name.clone())].into()),
-            ..backup.metadata
+    /// Creates the records of slots that are due. The name of a record is the lock on its slot.
+    async fn reserve(&mut self, due: Vec<Due>) {
+        let client = self.cx.kubernetes.client().clone();
+        let create = |due: Due| {
+            let api = Api::<PostgresBackup>::namespaced(client.clone(), &due.database.0);
+            async move {
+                let backup = due.record();
+                let attempt = format!("create the backup {}/{}", due.database.0, backup.name_any());
+                let created = call(attempt, api.create(&PostParams::default(), &backup)).await;
+                (due, backup.name_any(), created)
+            }
         };
-        let api = Api::<PostgresBackup>::namespaced(self.cx.kubernetes.client().clone(), &namespace);
-        let parameters = PostParams::default();
-        let attempt = format!("create the backup {namespace}/{record}");
-        match call(attempt, api.create(&parameters, &backup)).await {
-            Ok(_) => {
-                self.reserved.entry(uid.unwrap_or_default()).or_default().insert(slot);
-                let database = (namespace, name);
-                self.spawn(Open { database, name: record, since: Some(slot), begun: false }.into());
+        let mut answers = stream::iter(due).map(create).buffer_unordered(RESERVED_AT_A_TIME);
+        while let Some((Due { database, uid, slot, late }, name, created)) = answers.next().await {
+            match created {
+                Ok(_) => {
+                    info!(namespace = database.0, database = database.1, slot = %slot, late_ms = late.as_millis(), "slot is due");
+                    self.reserved.entry(uid).or_default().insert(slot);
+                    self.spawn(Open { database, name, since: Some(slot), begun: false }.into());
+                }
+                // Another leader reserved it and the cache does not show it yet.
+                Err(KubernetesError::AlreadyExists { .. }) => {
+                    self.reserved.entry(uid).or_default().insert(slot);
+                }
+                Err(error) => {
+                    warn!(namespace = database.0, database = database.1, slot = %slot, error = %error, "reserve: trying again");
+                }
             }
-            // Another leader reserved it and the cache does not show it yet.
-            Err(KubernetesError::AlreadyExists { .. }) => {
-                self.reserved.entry(uid.unwrap_or_default()).or_default().insert(slot);
-            }
-            Err(error) => {
-                warn!(namespace, database = name, slot = %slot, error = %error, "reserve: trying again")
+            // Whoever leads now reserves what is left.
+            if !self.mandate.holds() {
+                return;
             }
         }
     }
@@ -433,10 +439,11 @@ impl Term {
         let (cx, mandate) = (self.cx.clone(), self.mandate.clone());
         let Work { key, name, kind, .. } = work;
         let namespace = key.0.clone();
-        let task = self.runs.spawn(async move {
+        let operation = async move {
             let ended = match kind {
                 Kind::Backup => backup::run(&cx, &namespace, &name, &mandate).await,
-                Kind::Restore => restore::run(&cx, &namespace, &name, &mandate).await,
+                // The task of a backup that waits for its place would be as large as a restore otherwise.
+                Kind::Restore => Box::pin(restore::run(&cx, &namespace, &name, &mandate)).await,
             };
             if let Err(error) = ended {
                 warn!(
@@ -446,7 +453,9 @@ impl Term {
                     "operation interrupted: taking it up again"
                 );
             }
-        });
+        };
+        debug_assert!(size_of_val(&operation) <= WAITING_BYTES_MAX, "{}", size_of_val(&operation));
+        let task = self.runs.spawn(operation);
         self.busy.insert(key.clone());
         self.running.insert(task.id(), key);
         self.cx.metrics.open.set(self.running.len() as i64);
@@ -496,6 +505,38 @@ impl Term {
         self.reserved.retain(|uid, _| uids.contains(uid));
         self.missed.retain(|(uid, _)| uids.contains(uid));
         self.quiet.retain(|uid, _| uids.contains(uid));
+    }
+}
+
+/// A slot that is due.
+#[derive(Debug)]
+struct Due {
+    database: DatabaseKey,
+    /// Of the StatefulSet.
+    uid: String,
+    slot: Timestamp,
+    /// How long after the slot it was found.
+    late: SignedDuration,
+}
+
+impl Due {
+    /// The record that takes the slot.
+    fn record(&self) -> PostgresBackup {
+        let name = &self.database.1;
+        let spec = PostgresBackupSpec {
+            stateful_set: name.clone(),
+            stateful_set_uid: Some(self.uid.clone()),
+            slot: Some(self.slot),
+            trigger: Trigger::Schedule,
+            consistency: None,
+        };
+        let mut backup = PostgresBackup::new(&names::backup_name(name, self.slot), spec);
+        // No owner reference: deleting the StatefulSet must not delete what is known of its backups.
+        backup.metadata = ObjectMeta {
+            labels: Some([(names::DATABASE_LABEL.to_owned(), name.clone())].into()),
+            ..backup.metadata
+        };
+        backup
     }
 }
 

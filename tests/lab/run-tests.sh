@@ -9,6 +9,18 @@ export HOWDAH_LAB=test
 lab=$CARGO_TARGET_DIR/debug/howdah-lab
 # Emulated nodes and two cores: more parallel tests only wait for each other.
 threads=2
+# Tests of the storage level mostly sleep: three labs, and two tests for each.
+export HOWDAH_LABS=3
+labs="$HOWDAH_LAB $HOWDAH_LAB-2 $HOWDAH_LAB-3"
+
+# All that is up; what a killed run left would be taken for this one's.
+down() {
+    local result=0
+    for name in $labs; do
+        HOWDAH_LAB=$name "$lab" down >&2 || result=1
+    done
+    return "$result"
+}
 
 build=
 build_log=$(mktemp)
@@ -21,9 +33,11 @@ finish() {
     fi
     rm -f "$build_log"
     if [ "$status" != 0 ]; then
-        "$lab" status >&2 || true
+        for name in $labs; do
+            HOWDAH_LAB=$name "$lab" status >&2 || true
+        done
     fi
-    "$lab" down >&2 || status=1
+    down || status=1
     exit "$status"
 }
 trap finish EXIT
@@ -35,16 +49,15 @@ run() {
     cargo test --workspace --locked "${@:2}"
 }
 
-# What a killed run left would be taken for this one's.
-"$lab" down
+down
 run "API level (control plane only)" --test api -- --test-threads="$threads"
 # The API tests make storage classes of their own under Rook's names; Rook's are immutable.
-"$lab" down
+down
 # What the nodes are made of takes minutes to compile, and the next tests mostly wait, for Ceph and for
 # each other.
 nice "$lab" build >"$build_log" 2>&1 &
 build=$!
-run "storage level (Ceph and PostgreSQL)" --test storage -- --test-threads=$((2 * threads))
+run "storage level (Ceph and PostgreSQL)" --test storage -- --test-threads=$((2 * HOWDAH_LABS))
 if ! wait "$build"; then
     build=
     cat "$build_log" >&2
@@ -52,10 +65,10 @@ if ! wait "$build"; then
 fi
 build=
 # The scheduler that the storage tests share runs on; it would lead in the place of the one in the cluster.
-"$lab" down
+down
 "$lab" up --nodes 3
 run "cluster level (three nodes, howdah installed)" --test cluster -- --test-threads="$threads"
 # These break nodes, so nothing else may use them meanwhile.
 run "broken nodes" --test nodes -- --test-threads=1
-"$lab" down
+down
 run "the lab itself" --test lab -- --test-threads=1

@@ -1,4 +1,5 @@
-//! The scheduler over many databases: a small crowd and a large one, first idle, then the large one all due at once.
+//! The scheduler over many databases: a small crowd, a large one, and the large one with a long history of some, all idle;
+//! then the large one all due at once.
 
 mod crowd;
 mod report;
@@ -34,8 +35,14 @@ pub struct Plan {
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(10..=1_000))]
     pub few: u32,
     /// Backups of each database.
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(0..=100))]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=10))]
     pub records: u32,
+    /// Databases with a long history: the API server of two processors holds a hundred thousand backups, not a million.
+    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(10..=1_000))]
+    pub deep: u32,
+    /// Backups of each of those.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(11..=1_000))]
+    pub history: u32,
     /// The folder of the report.
     #[arg(long, default_value = "docs/benchmarks")]
     pub report: PathBuf,
@@ -65,7 +72,7 @@ pub struct Idle {
 /// Everything that was measured.
 #[derive(Debug)]
 pub struct Results {
-    /// Over the small crowd and the large one.
+    /// Over the small crowd, the large one, and the large one with the long history of some.
     pub idle: Vec<Idle>,
     /// Over the large crowd, all due in one slot: how late each was found, sorted.
     pub lateness: Vec<Duration>,
@@ -80,6 +87,7 @@ impl Plan {
     /// If the lab or the scheduler does not start, or not every database is found due.
     pub fn run(&self) -> Result<()> {
         ensure!(self.few < self.databases, "--few is {}, wanted less than --databases", self.few);
+        ensure!(self.deep <= self.databases, "--deep is {}, wanted at most --databases", self.deep);
         let lab = Lab::open_or_up_without_ceph(&shared_name())?;
         install(&lab)?;
         let runtime = tokio::runtime::Runtime::new().context("start a runtime")?;
@@ -90,10 +98,14 @@ impl Plan {
             eprintln!("making {databases} databases with {} backups each", self.records);
             runtime.block_on(crowd::make(&lab, &client, made, databases, self.records))?;
             made = databases;
-            eprintln!("looking at an idle scheduler");
-            idle.push(self.idle(&lab, databases)?);
+            idle.push(measure_idle(&lab, databases, databases * self.records)?);
             eprintln!("{:?}", idle.last());
         }
+        let more = self.history - self.records;
+        eprintln!("making {more} backups more for each of {} databases", self.deep);
+        runtime.block_on(crowd::deepen(&client, self.deep, self.records, self.history))?;
+        idle.push(measure_idle(&lab, made, made * self.records + self.deep * more)?);
+        eprintln!("{:?}", idle.last());
         let scheduler = Scheduler::start(&lab)?;
         let slot = Timestamp::now() + BEFORE_SLOT;
         let utc = slot.to_zoned(TimeZone::UTC);
@@ -117,27 +129,29 @@ impl Plan {
         );
         report::write(self, &Results { idle, lateness, peak_kib })
     }
+}
 
-    fn idle(&self, lab: &Lab, databases: u32) -> Result<Idle> {
-        let scheduler = Scheduler::start(lab)?;
-        let (ticks_before, time_before) = scheduler.ticks()?;
-        let before = requests(lab)?;
-        std::thread::sleep(IDLE);
-        let after = requests(lab)?;
-        let (ticks, time) = scheduler.ticks()?;
-        let idle = Idle {
-            databases,
-            backups: databases * self.records,
-            start_to_first_tick: scheduler.start_to_first_tick,
-            peak_kib: scheduler.memory_kib(true)?,
-            memory_kib: scheduler.memory_kib(false)?,
-            tick: Duration::from_secs_f64((time - time_before) / (ticks - ticks_before).max(1.0)),
-            ticks: (ticks - ticks_before) as u64,
-            requests: more(&before, &after),
-        };
-        scheduler.stop()?;
-        Ok(idle)
-    }
+/// Looks at an idle scheduler over what is there.
+fn measure_idle(lab: &Lab, databases: u32, backups: u32) -> Result<Idle> {
+    eprintln!("looking at an idle scheduler");
+    let scheduler = Scheduler::start(lab)?;
+    let (ticks_before, time_before) = scheduler.ticks()?;
+    let before = requests(lab)?;
+    std::thread::sleep(IDLE);
+    let after = requests(lab)?;
+    let (ticks, time) = scheduler.ticks()?;
+    let idle = Idle {
+        databases,
+        backups,
+        start_to_first_tick: scheduler.start_to_first_tick,
+        peak_kib: scheduler.memory_kib(true)?,
+        memory_kib: scheduler.memory_kib(false)?,
+        tick: Duration::from_secs_f64((time - time_before) / (ticks - ticks_before).max(1.0)),
+        ticks: (ticks - ticks_before) as u64,
+        requests: more(&before, &after),
+    };
+    scheduler.stop()?;
+    Ok(idle)
 }
 
 /// The definitions and the namespace, as they are installed.

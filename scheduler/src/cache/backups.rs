@@ -2,6 +2,7 @@
 //! databases, and a tick looks at all of them. What an operation needs beyond that it reads from the API server.
 
 use std::collections::{BTreeSet, HashMap};
+use std::num::NonZeroU64;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use howdah_adapters::records::PostgresBackup;
@@ -17,6 +18,25 @@ use crate::verify;
 /// Namespace and name of a StatefulSet.
 pub type DatabaseKey = (String, String);
 
+/// A time to the microsecond, in eight bytes. A `Timestamp` takes three times as many where it may be absent, and an entry
+/// has three of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Moment(NonZeroU64);
+
+/// Moves what is negative below what is not, and no time of a `Timestamp` to zero: none is so long ago.
+const BIAS: u64 = 1 << 63;
+
+impl Moment {
+    fn new(at: Timestamp) -> Option<Self> {
+        NonZeroU64::new(at.as_microsecond().cast_unsigned() ^ BIAS).map(Self)
+    }
+
+    fn timestamp(self) -> Timestamp {
+        // It was one before.
+        Timestamp::from_microsecond((self.0.get() ^ BIAS).cast_signed()).unwrap_or_default()
+    }
+}
+
 /// One backup.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Entry {
@@ -24,15 +44,15 @@ struct Entry {
     /// The StatefulSet it is of, if the record says so. Entries of one database share the text.
     set_uid: Option<Arc<str>>,
     /// The slot, or when the record was created.
-    since: Option<Timestamp>,
-    finished: Option<Timestamp>,
+    since: Option<Moment>,
+    finished: Option<Moment>,
     phase: Phase,
     scheduled: bool,
     /// Whether somebody has to run it.
     open: bool,
     drill: Drill,
     /// When its last restore drill began.
-    drilled: Option<Timestamp>,
+    drilled: Option<Moment>,
 }
 
 /// Where the restore drill of a backup stands.
@@ -75,16 +95,18 @@ impl Entry {
         let phase = status.map(|status| status.phase).unwrap_or_default();
         // One that is being brought back from the catalogue has no status for a moment.
         let in_rebuilding = status.is_none() && record.annotations().contains_key(names::REBUILT);
+        let since = record.spec.slot.or(record.metadata.creation_timestamp.as_ref().map(|time| time.0));
+        let verification = status.and_then(|status| status.verification.as_ref());
         Self {
             name: record.name_any().into(),
             set_uid: record.spec.stateful_set_uid.as_deref().map(Arc::from),
-            since: record.spec.slot.or(record.metadata.creation_timestamp.as_ref().map(|time| time.0)),
-            finished: status.and_then(|status| status.finished_at),
+            since: since.and_then(Moment::new),
+            finished: status.and_then(|status| status.finished_at).and_then(Moment::new),
             phase,
             scheduled: record.spec.trigger == Trigger::Schedule && record.spec.slot.is_some(),
             open: !phase.is_terminal() && !in_rebuilding,
             drill: Drill::of(record),
-            drilled: status.and_then(|status| status.verification.as_ref()?.started_at),
+            drilled: verification.and_then(|drill| drill.started_at).and_then(Moment::new),
         }
     }
 
@@ -256,7 +278,8 @@ impl Backups {
     pub fn slots(&self, database: &DatabaseKey, uid: &str) -> BTreeSet<Timestamp> {
         let index = self.read();
         let entries = index.databases.get(database).into_iter().flat_map(|database| &database.entries);
-        entries.filter(|entry| entry.scheduled && entry.is_of(uid)).filter_map(|entry| entry.since).collect()
+        let scheduled = entries.filter(|entry| entry.scheduled && entry.is_of(uid));
+        scheduled.filter_map(|entry| entry.since).map(Moment::timestamp).collect()
     }
 
     /// Whether a backup of the StatefulSet is open.
@@ -273,7 +296,7 @@ impl Backups {
         let index = self.read();
         let entries = &index.databases.get(database)?.entries;
         let good = entries.iter().filter(|entry| entry.phase.is_success() && entry.is_of(uid));
-        good.filter_map(|entry| entry.finished).max()
+        good.filter_map(|entry| entry.finished).max().map(Moment::timestamp)
     }
 
     /// What is known of the drills of a StatefulSet.
@@ -286,10 +309,10 @@ impl Backups {
         let newest = good().max_by_key(|entry| entry.finished);
         Drills {
             newest: newest.and_then(|entry| {
-                Some((entry.name.to_string(), entry.finished?, entry.drill != Drill::None))
+                Some((entry.name.to_string(), entry.finished?.timestamp(), entry.drill != Drill::None))
             }),
-            oldest: good().filter_map(|entry| entry.finished).min(),
-            last: own().filter_map(|entry| entry.drilled).max(),
+            oldest: good().filter_map(|entry| entry.finished).min().map(Moment::timestamp),
+            last: own().filter_map(|entry| entry.drilled).max().map(Moment::timestamp),
         }
     }
 
@@ -309,7 +332,7 @@ impl Backups {
             Some(Open {
                 database: database.clone(),
                 name: name.clone(),
-                since: entry.since,
+                since: entry.since.map(Moment::timestamp),
                 begun: entry.phase != Phase::Reserved,
             })
         });
@@ -325,7 +348,8 @@ impl Backups {
         let own = || entries.iter().filter(|entry| entry.is_of(uid));
         let proven =
             own().filter(|entry| entry.phase == Phase::Verified).filter_map(|entry| entry.drilled).max();
-        proven.or_else(|| own().filter(|e| e.phase.is_success()).filter_map(|entry| entry.finished).min())
+        let oldest = || own().filter(|e| e.phase.is_success()).filter_map(|entry| entry.finished).min();
+        proven.or_else(oldest).map(Moment::timestamp)
     }
 
     /// How many a drill found damaged.
@@ -445,8 +469,23 @@ mod tests {
     }
 
     #[test]
+    fn a_moment_is_the_time_it_was_made_of_in_the_same_order() {
+        let times = [
+            "-009999-01-02T01:59:59Z",
+            "1969-12-31T23:59:59.999999Z",
+            "1970-01-01T00:00:00Z",
+            "2026-11-22T03:00:05.123456Z",
+            "9999-12-30T22:00:00Z",
+        ];
+        let times = times.map(|text| text.parse::<Timestamp>().unwrap());
+        let moments = times.map(|at| Moment::new(at).unwrap());
+        assert_eq!(moments.map(Moment::timestamp), times);
+        assert!(moments.is_sorted());
+    }
+
+    #[test]
     fn a_million_backups_fit_into_memory() {
-        // With its name an entry takes some 32 bytes more, so that a million stay below 200 MiB.
-        assert!(size_of::<Entry>() <= 136, "{}", size_of::<Entry>());
+        // With its name an entry takes some 40 bytes more, so that a million stay below 110 MiB.
+        assert!(size_of::<Entry>() <= 64, "{}", size_of::<Entry>());
     }
 }

@@ -7,12 +7,13 @@
 #![expect(clippy::unwrap_used, reason = "it is the stage of tests and benchmarks")]
 
 mod restores;
+mod venues;
 
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{OnceLock, PoisonError};
 use std::time::Duration;
 
 use crate::ceph::POOL;
@@ -24,7 +25,7 @@ use crate::postgres::{self, Binaries, DEBIAN_MAJOR, PASSWORD};
 use crate::process::{self, TERM_LIMIT, wait_until};
 use crate::repository;
 use crate::storage::claim::{Claim, wait_slowly};
-use crate::testing::{Process, TempNamespace, shared_name};
+use crate::testing::{Process, TempNamespace};
 use futures::{StreamExt as _, pin_mut};
 use howdah_adapters::kubernetes::find;
 use howdah_adapters::records::PostgresBackup;
@@ -37,6 +38,7 @@ use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 pub use restores::RESTORE_LIMIT;
+use venues::{Turn, Venue};
 
 /// A backup takes some five seconds; other labs may run beside this one.
 pub const BACKUP_LIMIT: Duration = Duration::from_secs(180);
@@ -53,19 +55,8 @@ const VOLUME: &str = "160Mi";
 /// Memory and WAL of a database of a few rows; its image is small.
 const SMALL: &str = "shared_buffers = 8MB\nmin_wal_size = 2MB\nmax_wal_size = 16MB\nmax_connections = 20";
 
-/// A scheduler acts on the whole cluster: the tests that share one, or one test that has its own.
-static TURN: RwLock<()> = RwLock::new(());
-/// The shared scheduler. It outlives the tests of this process, and is ended by the next one's first or by `down`.
-static SCHEDULER: Mutex<Option<Process>> = Mutex::new(None);
 /// Each database of this process listens on a port of its own.
 static PORT: AtomicU16 = AtomicU16::new(15432);
-
-/// Held while the test runs.
-#[expect(dead_code, reason = "what counts is that it is held")]
-enum Turn {
-    Shared(RwLockReadGuard<'static, ()>),
-    Alone(RwLockWriteGuard<'static, ()>),
-}
 
 /// A namespace, and a turn.
 pub struct Stage {
@@ -77,15 +68,15 @@ pub struct Stage {
     pub runtime: Runtime,
     /// With the rights of an administrator.
     pub client: Client,
+    venue: &'static Venue,
     _turn: Turn,
 }
 
 impl Stage {
     /// With the scheduler that others use, too; it runs.
     pub fn shared() -> Self {
-        let turn = TURN.read().unwrap_or_else(PoisonError::into_inner);
-        let stage = Self::new(Turn::Shared(turn));
-        let mut scheduler = SCHEDULER.lock().unwrap_or_else(PoisonError::into_inner);
+        let stage = Self::new(Venue::shared());
+        let mut scheduler = stage.venue.scheduler.lock().unwrap_or_else(PoisonError::into_inner);
         if !scheduler.as_mut().is_some_and(Process::is_alive) {
             *scheduler = Some(stage.scheduler(SHARED.0, SHARED.1));
         }
@@ -95,9 +86,8 @@ impl Stage {
 
     /// With no scheduler but those that the test starts.
     pub fn alone() -> Self {
-        let turn = TURN.write().unwrap_or_else(PoisonError::into_inner);
-        let stage = Self::new(Turn::Alone(turn));
-        let shared = SCHEDULER.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let stage = Self::new(Venue::alone());
+        let shared = stage.venue.scheduler.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(scheduler) = shared {
             scheduler.stop().unwrap();
         }
@@ -108,14 +98,14 @@ impl Stage {
         stage
     }
 
-    fn new(turn: Turn) -> Self {
-        let lab = Lab::open_or_up(&shared_name(), 0).unwrap();
-        install(&lab);
+    fn new((venue, turn): (&'static Venue, Turn)) -> Self {
+        let lab = Lab::open_or_up(&venue.name, 0).unwrap();
+        venue.installed.get_or_init(|| install(&lab));
         let namespace = lab.namespace("scheduler").unwrap();
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let client = runtime.block_on(lab.client()).unwrap();
-        Self { lab, namespace, runtime, client, _turn: turn }
+        Self { lab, namespace, runtime, client, venue, _turn: turn }
     }
 
     /// What a user runs, word for word as a failed backup says it.
@@ -199,7 +189,7 @@ impl Stage {
 
     /// What the shared scheduler has said, for a test that fails.
     pub fn scheduler_log(&self) -> String {
-        let scheduler = SCHEDULER.lock().unwrap_or_else(PoisonError::into_inner);
+        let scheduler = self.venue.scheduler.lock().unwrap_or_else(PoisonError::into_inner);
         scheduler.as_ref().map(|process| process.output().unwrap()).unwrap_or_default()
     }
 
@@ -601,26 +591,23 @@ pub fn install_definitions(lab: &Lab) {
     lab.kubectl_ok(&["apply", "--server-side", "--force-conflicts", &definitions]).unwrap();
 }
 
-/// Applies the parts of deploy/ that the scheduler needs, once for each run.
+/// Applies the parts of deploy/ that the scheduler needs.
 fn install(lab: &Lab) {
-    static DONE: OnceLock<()> = OnceLock::new();
-    DONE.get_or_init(|| {
-        let parts = [
-            "deploy/base/namespace.yaml",
-            "deploy/base/scheduler-rbac.yaml",
-            "deploy/base/verify.yaml",
-            "deploy/base/credentials-clusterrole.yaml",
-            "deploy/overlays/rook/ceph-rbac.yaml",
-            "deploy/overlays/rook/cephclient.yaml",
-        ];
-        let parts = parts.map(|part| format!("--filename={}", repository::root().join(part).display()));
-        let apply = ["apply", "--server-side", "--force-conflicts"];
-        let arguments: Vec<&str> = apply.into_iter().chain(parts.iter().map(String::as_str)).collect();
-        lab.kubectl_ok(&arguments).unwrap();
-        install_definitions(lab);
-        let secret = ["-n", "rook-ceph", "get", "secret", "rook-ceph-client-howdah-backup"];
-        assert!(wait_slowly(KEY_LIMIT, || lab.kubectl_ok(&secret).is_ok()), "Rook's glue made no key");
-    });
+    let parts = [
+        "deploy/base/namespace.yaml",
+        "deploy/base/scheduler-rbac.yaml",
+        "deploy/base/verify.yaml",
+        "deploy/base/credentials-clusterrole.yaml",
+        "deploy/overlays/rook/ceph-rbac.yaml",
+        "deploy/overlays/rook/cephclient.yaml",
+    ];
+    let parts = parts.map(|part| format!("--filename={}", repository::root().join(part).display()));
+    let apply = ["apply", "--server-side", "--force-conflicts"];
+    let arguments: Vec<&str> = apply.into_iter().chain(parts.iter().map(String::as_str)).collect();
+    lab.kubectl_ok(&arguments).unwrap();
+    install_definitions(lab);
+    let secret = ["-n", "rook-ceph", "get", "secret", "rook-ceph-client-howdah-backup"];
+    assert!(wait_slowly(KEY_LIMIT, || lab.kubectl_ok(&secret).is_ok()), "Rook's glue made no key");
 }
 
 /// The scheduler of this tree: a test builds it the way it was built itself, and a program's lies beside the program.

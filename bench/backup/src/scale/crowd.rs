@@ -1,5 +1,7 @@
 //! Many protected databases and their backups, as objects of the API server: no pods, no volumes.
 
+use std::ops::RangeInclusive;
+
 use anyhow::{Context as _, Result};
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use howdah_adapters::records::PostgresBackup;
@@ -39,12 +41,26 @@ pub async fn make(lab: &Lab, client: &Client, from: u32, to: u32, records: u32) 
             let sets = Api::<StatefulSet>::namespaced(client.clone(), &namespace);
             let set: StatefulSet = serde_json::from_value(database(&name)).context("make a StatefulSet")?;
             let made = sets.create(&PostParams::default(), &set).await.context("create a StatefulSet")?;
-            let backups = Api::<PostgresBackup>::namespaced(client.clone(), &namespace);
-            for age in 1..=records {
-                let slot = newest - BETWEEN * i32::try_from(age)?;
-                backup(&backups, &name, &made.uid().unwrap_or_default(), slot).await?;
-            }
-            anyhow::Ok(())
+            let uid = made.uid().unwrap_or_default();
+            make_backups(client, (&namespace, &name, &uid), newest, 1..=records).await
+        })
+        .buffer_unordered(PARALLEL)
+        .try_collect::<()>()
+        .await
+}
+
+/// Makes older backups of the first databases, so that each of them has `history` where it had `records`.
+///
+/// # Errors
+/// If the API server refuses one.
+pub async fn deepen(client: &Client, databases: u32, records: u32, history: u32) -> Result<()> {
+    let newest = Timestamp::now();
+    stream::iter(0..databases)
+        .map(|number| async move {
+            let (namespace, name) = place(number);
+            let sets = Api::<StatefulSet>::namespaced(client.clone(), &namespace);
+            let uid = sets.get(&name).await.context("get a StatefulSet")?.uid().unwrap_or_default();
+            make_backups(client, (&namespace, &name, &uid), newest, records + 1..=history).await
         })
         .buffer_unordered(PARALLEL)
         .try_collect::<()>()
@@ -87,6 +103,20 @@ fn database(name: &str) -> Value {
                 "spec": {"terminationGracePeriodSeconds": 300, "containers": [container("postgres"), container("exporter")]}},
             "volumeClaimTemplates": [{"metadata": {"name": "data"}, "spec": {"accessModes": ["ReadWriteOnce"],
                 "resources": {"requests": {"storage": "10Gi"}}}}]}})
+}
+
+/// Makes the backups of one database, given by its namespace, name and uid, that are so many days older than `newest`.
+async fn make_backups(
+    client: &Client,
+    (namespace, name, uid): (&str, &str, &str),
+    newest: Timestamp,
+    ages: RangeInclusive<u32>,
+) -> Result<()> {
+    let backups = Api::<PostgresBackup>::namespaced(client.clone(), namespace);
+    for age in ages {
+        backup(&backups, name, uid, newest - BETWEEN * i32::try_from(age)?).await?;
+    }
+    Ok(())
 }
 
 /// One that was taken in this slot, with a journal of the usual length.

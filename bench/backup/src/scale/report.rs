@@ -9,8 +9,8 @@ use howdah_bench_figures::{load_average, machine, quantile};
 use super::watched::WAKE_SECONDS;
 use super::{Idle, Plan, Results};
 
-/// The databases and backups of the target.
-const TARGET: (f64, f64) = (10_000.0, 1_000_000.0);
+/// The backups of the target: a hundred of each of ten thousand databases.
+const TARGET: f64 = 1_000_000.0;
 
 /// Writes `scale.md` into the folder of the plan.
 ///
@@ -44,15 +44,15 @@ fn page(plan: &Plan, results: &Results) -> String {
     let late = |part: f64| quantile(&results.lateness, part).as_secs_f64();
     format!(
         "# The scheduler over many databases\n\n\
-         Written by `make bench-scale`, on {machine}; the load average was {load} at the end, and the API server, etcd and the\n\
-         benchmark share the processors with the scheduler.\n\n\
+         Written by `make bench-scale`, on {machine}; the load average was {load} at the end. The API server,\n\
+         etcd and the benchmark share the processors with the scheduler.\n\n\
          ## Idle\n\n\
          | databases | backups | start to first tick | memory, MiB | at the peak | a tick | requests for StatefulSets and records |\n\
          |---|---|---|---|---|---|---|\n{rows}\n\
          Requests in a tick are the same whatever the number of idle databases; watches are not counted. {memory}\n\n\
          ## All due in one slot\n\n\
          {databases} databases with the same daily slot, which the jitter spreads over five minutes. From the alarm of the tick\n\
-         (every {WAKE_SECONDS} s) until a database was found due in it: p50 {p50:.2} s, p99 {p99:.2} s, longest {most:.2} s (target: p99 <= 1 s).\n\
+         (every {WAKE_SECONDS} s) until its backup was recorded: p50 {p50:.2} s, p99 {p99:.2} s, longest {most:.2} s (target: p99 <= 1 s).\n\
          Each takes its slot by creating a record, and those that wait for their turn are held as well: the memory peaked at\n\
          {peak:.1} MiB (target: <= 200 MiB).\n\n\
          ## How each figure was obtained\n\n\
@@ -71,17 +71,15 @@ fn page(plan: &Plan, results: &Results) -> String {
     )
 }
 
-/// What the memory comes to at the target's size, when it grows as it does from the small crowd to the large one.
+/// What the memory comes to at the target's size, when it grows with the backups as it does with those of the long history.
 fn projection(idle: &[Idle]) -> String {
-    let [few, many] = idle else { return String::new() };
-    let backups = f64::from(many.backups - few.backups);
-    let databases = f64::from(many.databases - few.databases);
-    let grown = (many.memory_kib.saturating_sub(few.memory_kib)) as f64 * 1024.0;
+    let [.., many, deep] = idle else { return String::new() };
+    let backups = f64::from(deep.backups - many.backups);
+    let each = deep.memory_kib.saturating_sub(many.memory_kib) as f64 * 1024.0 / backups;
+    let left = TARGET - f64::from(deep.backups);
+    let mib = deep.memory_kib as f64 / 1024.0 + each * left / f64::from(1 << 20);
     format!(
-        "\nA database with its {:.0} backups takes {:.0} bytes of the scheduler's memory. (The target is {:.0} databases with {:.0}\nbackups in all, of which this machine's API server cannot hold so many: see the next run with fewer databases and a\nhundred backups each.)",
-        backups / databases,
-        grown / databases,
-        TARGET.0,
-        TARGET.1,
+        "\n{backups:.0} backups more took {each:.0} bytes each. The target is {TARGET:.0} backups, which this machine's API server cannot\n\
+         hold; growing on like that, the scheduler would come to {mib:.0} MiB with them (target: <= 200 MiB)."
     )
 }
