@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::cache::Inputs;
-use crate::{files, process};
+use crate::{files, postgres, process};
 
 /// Where instances live unless `HOWDAH_LAB_DIR` names another parent. /var/tmp and not /tmp: a lab holds
 /// gigabytes of disk images, and /tmp may be memory.
@@ -109,9 +109,13 @@ impl Lab {
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
         let path = std::env::var("PATH").unwrap_or_default();
+        let postgres = postgres::debian_directory();
         command
             .env(process::MARK, &self.dir)
-            .env("PATH", format!("{}:{path}:/usr/sbin:/sbin", self.path("bin").display()))
+            .env(
+                "PATH",
+                format!("{}:{}:{path}:/usr/sbin:/sbin", self.path("bin").display(), postgres.display()),
+            )
             .env("KUBECONFIG", self.kubeconfig())
             .env("CEPH_CONF", self.path("ceph/ceph.conf"))
             // Each client process otherwise warns that it cannot bind the daemons' socket name.

@@ -39,11 +39,8 @@ impl Binaries {
         let Some(user) = User::from_name(USER).context("look for the user postgres")? else {
             bail!("find the user {USER}: run make setup, which installs postgresql-{DEBIAN_MAJOR}")
         };
-        let directory = if major == DEBIAN_MAJOR {
-            PathBuf::from(format!("/usr/lib/postgresql/{DEBIAN_MAJOR}/bin"))
-        } else {
-            fetched(major, place)?.join("bin")
-        };
+        let directory =
+            if major == DEBIAN_MAJOR { debian_directory() } else { fetched(major, place)?.join("bin") };
         if !directory.join("postgres").is_file() {
             bail!("find PostgreSQL {major} in {}: run make setup, which brings it", directory.display());
         }
@@ -75,6 +72,13 @@ impl Binaries {
         server.arg(self.directory.join("postgres")).arg("-D").arg(data);
         server
     }
+}
+
+/// Where Debian's server and clients are. The clients on the usual `PATH` are a Perl script that looks for these, which costs
+/// more than a query.
+#[must_use]
+pub fn debian_directory() -> PathBuf {
+    PathBuf::from(format!("/usr/lib/postgresql/{DEBIAN_MAJOR}/bin"))
 }
 
 /// Appends lines to a file in a data directory, for instance `postgresql.conf`.

@@ -34,9 +34,10 @@ pub const SWAP_PHASES: [Phase; 10] = [
     Phase::Answering,
     Phase::Opening,
 ];
-/// Each a process, so that a commit is acknowledged or not, and never lost in a pipe. What it prints was acknowledged.
+/// Each a process, so that a commit is acknowledged or not, and never lost in a pipe. What it prints was acknowledged. The
+/// pause leaves the processors to what is tested.
 const LEDGER: &str = "n=0; while n=$((n + 1)); do \
-    psql -XAtqc \"INSERT INTO ledger VALUES ($n)\" >/dev/null 2>&1 && echo $n; done";
+    psql -XAtqc \"INSERT INTO ledger VALUES ($n)\" >/dev/null 2>&1 && echo $n; sleep 0.05; done";
 
 /// What a node does for the one pod of a StatefulSet.
 pub struct Node<'a> {
