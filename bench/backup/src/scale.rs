@@ -21,7 +21,7 @@ use self::watched::{Scheduler, more, requests};
 /// How long the idle scheduler is looked at.
 const IDLE: Duration = Duration::from_secs(60);
 /// Between giving all the schedule and its slot: longer than giving it takes.
-const BEFORE_SLOT: SignedDuration = SignedDuration::from_mins(4);
+const BEFORE_SLOT: SignedDuration = SignedDuration::from_mins(3);
 /// After the slot: the jitter of a daily schedule, and some ticks.
 const AFTER_SLOT: SignedDuration = SignedDuration::from_secs(330);
 
@@ -38,7 +38,7 @@ pub struct Plan {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=10))]
     pub records: u32,
     /// Databases with a long history: the API server of two processors holds a hundred thousand backups, not a million.
-    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(10..=1_000))]
+    #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(10..=1_000))]
     pub deep: u32,
     /// Backups of each of those.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(11..=1_000))]

@@ -157,7 +157,23 @@ impl Stage {
         })
     }
 
+    /// Starts one and does not wait until it is ready: whoever wants to see its first deed has to look before that.
+    pub fn launch_scheduler(&self, name: &str, port: u16) -> Process {
+        self.launch(name, port, |_| ())
+    }
+
     fn start_scheduler(&self, name: &str, port: u16, more: impl FnOnce(&mut Command)) -> Process {
+        let mut process = self.launch(name, port, more);
+        let url = format!("http://127.0.0.1:{port}/readyz");
+        let answers = || {
+            let mut curl = self.lab.command("curl");
+            self.lab.output_inside(curl.args(["-sf", "--max-time", "2", &url])).is_ok()
+        };
+        process.wait_ready(LEAD_LIMIT, answers).unwrap();
+        process
+    }
+
+    fn launch(&self, name: &str, port: u16, more: impl FnOnce(&mut Command)) -> Process {
         let token = ["create", "token", "howdah-scheduler", "-n", "howdah-system", "--duration=1h"];
         let token = self.lab.kubectl_ok(&token).unwrap();
         let text = fs::read_to_string(self.lab.inside_kubeconfig()).unwrap();
@@ -170,14 +186,7 @@ impl Stage {
         command.args(["--listen", &format!("127.0.0.1:{port}"), "--identity", name, "--wake-seconds", "1"]);
         more(&mut command);
         command.env_remove("POD_NAMESPACE").env_remove("POD_NAME");
-        let mut process = self.lab.spawn_inside(name, &command).unwrap();
-        let url = format!("http://127.0.0.1:{port}/readyz");
-        let answers = || {
-            let mut curl = self.lab.command("curl");
-            self.lab.output_inside(curl.args(["-sf", "--max-time", "2", &url])).is_ok()
-        };
-        process.wait_ready(LEAD_LIMIT, answers).unwrap();
-        process
+        self.lab.spawn_inside(name, &command).unwrap()
     }
 
     /// Runs `kubectl howdah` where it can reach Ceph itself.

@@ -269,7 +269,7 @@ impl<'a> Killer<'a> {
                 pending.remove(&self.stage.restore(restore).unwrap_or_default().phase);
             }
             self.port += 1;
-            self.scheduler = self.stage.scheduler("scheduler-killed", self.port);
+            self.scheduler = self.stage.launch_scheduler("scheduler-killed", self.port);
         }
     }
 
