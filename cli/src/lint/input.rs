@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 
 use howdah_core::lint::{self, Manifest, Sort};
 use k8s_openapi::api::apps::v1::StatefulSet;
+use k8s_openapi::api::autoscaling::{v1, v2};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use serde::Deserialize as _;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::lines::{self, Node};
@@ -256,11 +259,22 @@ fn values(file: &str, text: &str) -> (Vec<Value>, Option<Trouble>) {
     (values, None)
 }
 
-/// Why the API server would not read a StatefulSet that is meant to be protected, as field and problem.
+/// Why the API server would not read what is judged: a StatefulSet that is meant to be protected, an autoscaler, a
+/// disruption budget. As field and problem.
 fn mistake(manifest: &Manifest, lines: Option<&Node>) -> Option<(String, String)> {
     let Manifest { path, object } = manifest;
-    if matches!(lint::sort(object), Sort::Other | Sort::Dependent(_)) {
-        return None;
+    match lint::sort(object) {
+        Sort::Other => return None,
+        Sort::Dependent(_) => {
+            return match object["apiVersion"].as_str()? {
+                "autoscaling/v1" => misread::<v1::HorizontalPodAutoscaler>(path, object, &[]),
+                "autoscaling/v2" => misread::<v2::HorizontalPodAutoscaler>(path, object, &METRIC_QUANTITIES),
+                "policy/v1" => misread::<PodDisruptionBudget>(path, object, &[]),
+                // One that this version of the types does not know; the rules read the fields that all of them have.
+                _ => None,
+            };
+        }
+        Sort::Protected | Sort::Mislabelled => {}
     }
     if object["apiVersion"] != "apps/v1" {
         return Some((
@@ -273,33 +287,42 @@ fn mistake(manifest: &Manifest, lines: Option<&Node>) -> Option<(String, String)
             format!("{word} without quotes is a boolean to Kubernetes, wanted a string: write \"{word}\"");
         return Some((field, problem));
     }
+    misread::<StatefulSet>(path, object, &POD_QUANTITIES)
+}
+
+/// Why the object is none of this type, whose fields with these names are quantities.
+fn misread<T: DeserializeOwned>(path: &str, object: &Value, quantities: &[&str]) -> Option<(String, String)> {
     let mut typed = object.clone();
-    spell_out_quantities(&mut typed);
-    let error = serde_path_to_error::deserialize::<_, StatefulSet>(typed).err()?;
+    spell_out_quantities(&mut typed, quantities);
+    let error = serde_path_to_error::deserialize::<_, T>(typed).err()?;
     let field = error.path().to_string();
-    let field = if field == "." { path.clone() } else { lint::join(path, &field) };
+    let field = if field == "." { path.to_owned() } else { lint::join(path, &field) };
     Some((field, format!("it cannot be read: {}", error.inner())))
 }
 
+/// Fields of a pod that hold one quantity,
+const POD_QUANTITIES: [&str; 2] = ["sizeLimit", "divisor"];
+/// and those of the metrics of an autoscaler.
+const METRIC_QUANTITIES: [&str; 2] = ["averageValue", "value"];
+
 /// Writes the quantities that stand as numbers as text: the API server takes both, the types only text.
-fn spell_out_quantities(value: &mut Value) {
+fn spell_out_quantities(value: &mut Value, scalars: &[&str]) {
     const MAPS: [&str; 4] = ["limits", "requests", "overhead", "capacity"];
-    const SCALARS: [&str; 2] = ["sizeLimit", "divisor"];
     fn spell_out(value: &mut Value) {
         if let Value::Number(number) = value {
             *value = Value::String(number.to_string());
         }
     }
     match value {
-        Value::Array(items) => items.iter_mut().for_each(spell_out_quantities),
+        Value::Array(items) => items.iter_mut().for_each(|item| spell_out_quantities(item, scalars)),
         Value::Object(fields) => {
             for (key, value) in fields {
                 match value {
                     Value::Object(quantities) if MAPS.contains(&key.as_str()) => {
                         quantities.values_mut().for_each(spell_out);
                     }
-                    value if SCALARS.contains(&key.as_str()) => spell_out(value),
-                    value => spell_out_quantities(value),
+                    value if scalars.contains(&key.as_str()) => spell_out(value),
+                    value => spell_out_quantities(value, scalars),
                 }
             }
         }
@@ -324,6 +347,28 @@ mod tests {
     }
 
     const SET: &str = "apiVersion: apps/v1\nkind: StatefulSet\nmetadata: {name: db, labels: {howdah.dev/protect: \"true\"}}\n";
+
+    #[test]
+    fn what_belongs_to_a_set_is_read_as_the_api_server_reads_it() {
+        let autoscaler = |spec: &str| {
+            format!(
+                "apiVersion: autoscaling/v2\nkind: HorizontalPodAutoscaler\nmetadata: {{name: db}}\nspec: {spec}\n"
+            )
+        };
+        let target = "scaleTargetRef: {apiVersion: apps/v1, kind: StatefulSet, name: db}";
+        let found = only_trouble(&autoscaler(&format!("{{{target}, maxReplicas: \"3\"}}")));
+        assert_eq!(found.field, "spec.maxReplicas", "{found:?}");
+        assert!(found.problem.contains("invalid type: string \"3\""), "{found:?}");
+        let metric =
+            "{type: Pods, pods: {metric: {name: x}, target: {type: AverageValue, averageValue: 100}}}";
+        let fine = read(&autoscaler(&format!("{{{target}, maxReplicas: 1, metrics: [{metric}]}}")));
+        assert!(fine.troubles.is_empty(), "{:?}", fine.troubles);
+
+        let budget = "apiVersion: policy/v1\nkind: PodDisruptionBudget\nmetadata: {name: db}\nspec: ";
+        let found = only_trouble(&format!("{budget}{{minAvailable: [1]}}\n"));
+        assert_eq!(found.field, "spec.minAvailable", "{found:?}");
+        assert!(read(&format!("{budget}{{minAvailable: 50%}}\n")).troubles.is_empty());
+    }
 
     #[test]
     fn documents_are_counted_and_empty_ones_hold_nothing() {
