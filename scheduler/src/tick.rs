@@ -454,7 +454,8 @@ impl Term {
                 );
             }
         };
-        debug_assert!(size_of_val(&operation) <= WAITING_BYTES_MAX, "{}", size_of_val(&operation));
+        let bytes = size_of_val(&operation);
+        debug_assert!(bytes <= WAITING_BYTES_MAX, "an operation takes {bytes} bytes while it waits");
         let task = self.runs.spawn(operation);
         self.busy.insert(key.clone());
         self.running.insert(task.id(), key);

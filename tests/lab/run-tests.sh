@@ -9,7 +9,8 @@ export HOWDAH_LAB=test
 lab=$CARGO_TARGET_DIR/debug/howdah-lab
 # Emulated nodes and two cores: more parallel tests only wait for each other.
 threads=2
-# Tests of the storage level mostly sleep: three labs, and two tests for each.
+# Tests of the storage level that need a scheduler to themselves would wait for each other in one lab. Three labs and two
+# tests for each keep two processors busy.
 export HOWDAH_LABS=3
 labs="$HOWDAH_LAB $HOWDAH_LAB-2 $HOWDAH_LAB-3"
 

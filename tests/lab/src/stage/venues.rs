@@ -1,5 +1,5 @@
 //! The labs that stages stand in: one that tests share, and further ones, so that tests that need a scheduler to themselves
-//! do not wait for each other. They mostly sleep, and a lab without nodes is up in 12 s.
+//! do not wait for each other. A lab without nodes is up in 12 s.
 
 use std::sync::{Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 use std::thread;
