@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics, in its helpers too")]
 
+use howdah_adapters::kubernetes::find;
 use howdah_adapters::records::{
     PostgresBackup, PostgresBackupSpec, PostgresRestore, PostgresRestoreSpec, crd_yaml,
 };
@@ -18,6 +19,7 @@ use howdah_lab::lab::Lab;
 use howdah_lab::testing::shared_name;
 use jiff::Timestamp;
 use kube::api::{Api, PostParams};
+use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 
 use crate::deploy::TURN;
 
@@ -330,4 +332,22 @@ async fn a_restore_by_hand_says_one_thing_to_restore() {
         let (made, text) = create(spec);
         assert!(!made && text.contains(wanted), "{spec}: {text}");
     }
+}
+
+/// As while a definition is put in place: then no backup is there to be read, and none is absent.
+#[tokio::test]
+async fn an_object_of_a_kind_that_is_not_served_is_not_taken_for_absent() {
+    let lab = Lab::open_or_up_without_ceph(&shared_name()).unwrap();
+    let client = lab.client().await.unwrap();
+    install_definitions(&lab);
+    for (group, version) in [("howdah.dev", "v1alpha1"), ("howdah.dev", "v9"), ("nobody.howdah.dev", "v1")] {
+        let kind = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, "Nothing"));
+        let api = Api::<DynamicObject>::namespaced_with(client.clone(), "default", &kind);
+        let error = find("get a Nothing", &api, "one").await.unwrap_err();
+        assert!(!error.is_not_found(), "{group}/{version}: {error:?}");
+    }
+    let backups = Api::<PostgresBackup>::namespaced(client.clone(), "default");
+    assert!(find("get a backup", &backups, "no-such").await.unwrap().is_none());
+    let elsewhere = Api::<PostgresBackup>::namespaced(client, "no-such-namespace");
+    assert!(find("get a backup", &elsewhere, "no-such").await.unwrap().is_none());
 }
