@@ -51,13 +51,12 @@ run() {
 }
 
 down
+# What the nodes are made of takes minutes to compile, and the tests of the API level leave half of the processors idle.
+nice "$lab" build >"$build_log" 2>&1 &
+build=$!
 run "API level (control plane only)" --test api -- --test-threads="$threads"
 # The API tests make storage classes of their own under Rook's names; Rook's are immutable.
 down
-# What the nodes are made of takes minutes to compile, and the next tests mostly wait, for Ceph and for
-# each other.
-nice "$lab" build >"$build_log" 2>&1 &
-build=$!
 run "storage level (Ceph and PostgreSQL)" --test storage -- --test-threads=$((2 * HOWDAH_LABS))
 if ! wait "$build"; then
     build=

@@ -4,7 +4,8 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics, in its helpers too")]
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use howdah_lab::lab::Lab;
 use howdah_lab::node::Node;
@@ -45,6 +46,12 @@ impl Victim {
     fn wait_ready(&self, wanted: bool) {
         let seen = wait_until(NOTICE_LIMIT, || self.is_ready() == wanted);
         assert!(seen, "{} did not become {}", self.node.name(), if wanted { "Ready" } else { "NotReady" });
+    }
+
+    /// Cuts the node off; says when the cut has lasted as long as the watching pod needs to see it.
+    fn cut(&self, from: From) -> Instant {
+        faults::cut(&self.lab, self.node, from).unwrap();
+        Instant::now() + CUT
     }
 
     /// A pod on the node that runs `script`, and that nothing but its own deletion takes away.
@@ -113,7 +120,10 @@ impl Pod<'_> {
     }
 }
 
-/// Says every other second what answers.
+/// How long a cut from the API lasts: the pod's log cannot be read meanwhile, and in 17 s a round of [`WATCH`] has begun and
+/// ended in it, at whatever point of one the cut fell. NotReady may be seen after eight.
+const CUT: Duration = Duration::from_secs(30);
+/// Says, two seconds after it knows, what answers.
 const WATCH: &str = "reach() { timeout 5 bash -c \"</dev/tcp/10.77.0.1/$1\" 2>/dev/null && echo yes || echo no; }; \
                      while true; do echo \"api $(reach 6443) ceph $(reach 6789)\"; sleep 2; done";
 
@@ -180,10 +190,11 @@ fn a_node_cut_from_the_api_keeps_ceph_and_is_not_ready() {
     let pod = victim.run(WATCH);
     pod.wait_line(0, "api yes ceph yes");
     let from = pod.logs().unwrap().len();
-    faults::cut(&victim.lab, victim.node, From::Api).unwrap();
+    let healed = victim.cut(From::Api);
     victim.wait_ready(false);
     assert!(pod.logs().is_err(), "the apiserver reaches the kubelet of a node that is cut off");
 
+    thread::sleep(healed.saturating_duration_since(Instant::now()));
     faults::heal(&victim.lab, victim.node, From::Api).unwrap();
     victim.wait_ready(true);
     // What it could reach meanwhile is in its log, in order.
@@ -198,8 +209,9 @@ fn a_node_cut_from_both_reaches_nothing() {
     let pod = victim.run(WATCH);
     pod.wait_line(0, "api yes ceph yes");
     let from = pod.logs().unwrap().len();
-    faults::cut(&victim.lab, victim.node, From::Both).unwrap();
+    let healed = victim.cut(From::Both);
     victim.wait_ready(false);
+    thread::sleep(healed.saturating_duration_since(Instant::now()));
     faults::heal(&victim.lab, victim.node, From::Both).unwrap();
     victim.wait_ready(true);
     pod.wait_line(from, "api no ceph no");
