@@ -1,16 +1,15 @@
 //! The restores of a stage.
 
-use std::collections::HashSet;
 use std::time::Duration;
 
 use futures::{StreamExt as _, pin_mut};
 use howdah_adapters::kubernetes::find;
 use howdah_adapters::records::PostgresRestore;
-use howdah_core::restore::RestoreStatus;
+use howdah_core::restore::{Phase, RestoreStatus};
 use k8s_openapi::api::core::v1::Pod;
-use kube::Api;
 use kube::api::ListParams;
 use kube::runtime::{WatchStreamExt as _, watcher};
+use kube::{Api, ResourceExt as _};
 
 use super::Stage;
 
@@ -50,33 +49,11 @@ impl Stage {
         });
     }
 
-    /// Waits until one of the restores is so, and returns true at that moment, or false when all are over.
-    pub fn wait_any(&self, restores: &[String], so: impl Fn(&RestoreStatus) -> bool) -> bool {
-        self.runtime.block_on(async {
-            let stream = watcher(self.restores(), watcher::Config::default()).applied_objects();
-            pin_mut!(stream);
-            let mut over = HashSet::new();
-            let reached = async {
-                while let Some(Ok(found)) = stream.next().await {
-                    let name = found.metadata.name.unwrap_or_default();
-                    let status = found.status.unwrap_or_default();
-                    if !restores.contains(&name) {
-                        continue;
-                    }
-                    if so(&status) {
-                        return true;
-                    }
-                    if status.phase.is_terminal() {
-                        over.insert(name);
-                    }
-                    if over.len() == restores.len() {
-                        return false;
-                    }
-                }
-                false
-            };
-            tokio::time::timeout(RESTORE_LIMIT, reached).await.unwrap()
-        })
+    /// The phases of these restores, in no order.
+    pub fn restore_phases(&self, names: &[String]) -> Vec<Phase> {
+        let all = self.runtime.block_on(self.restores().list(&ListParams::default())).unwrap().items;
+        let wanted = all.into_iter().filter(|restore| names.contains(&restore.name_any()));
+        wanted.map(|restore| restore.status.unwrap_or_default().phase).collect()
     }
 
     /// The uid of a pod; none when there is none, or when it is going.

@@ -99,7 +99,7 @@ async fn the_server_ends_backup_mode_when_we_freeze_and_stop_says_so() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_crashes_during_the_backup_is_a_lost_session() {
     crypto();
-    let server = Server::start("", &[]);
+    let mut server = Server::start("", &[]);
     let session = Session::connect(&server.target("postgres", PASSWORD)).await.unwrap();
     let backup = session.start_backup("crash", BackupLimits::default()).await.unwrap();
     server.crash();

@@ -88,11 +88,23 @@ impl Server {
         client
     }
 
-    pub fn crash(&self) {
+    /// Ends it at once, as a crash does, and waits until it is gone.
+    pub fn crash(&mut self) {
         self.signal(Signal::SIGQUIT);
+        assert!(self.is_gone(), "PostgreSQL outlived a crash");
     }
 
-    fn signal(&self, signal: Signal) {
+    /// Whether it ends in time.
+    fn is_gone(&mut self) -> bool {
+        let child = &mut self.child;
+        wait_until(STOP_LIMIT, || matches!(child.try_wait(), Ok(Some(_))))
+    }
+
+    fn signal(&mut self, signal: Signal) {
+        // The number of one that has ended may be another process's by now.
+        if matches!(self.child.try_wait(), Ok(Some(_))) {
+            return;
+        }
         let pid = Pid::from_raw(self.child.id().cast_signed());
         if let Err(error) = kill(pid, signal) {
             eprintln!("signal PostgreSQL: {error}");
@@ -104,9 +116,9 @@ impl Drop for Server {
     fn drop(&mut self) {
         // SIGINT is a fast shutdown: sessions are ended, none is waited for.
         self.signal(Signal::SIGINT);
-        let child = &mut self.child;
-        if !wait_until(STOP_LIMIT, || matches!(child.try_wait(), Ok(Some(_)))) {
-            let _ = child.kill();
+        if !self.is_gone() {
+            // It may end at this moment; there is nobody to tell.
+            let _ = self.child.kill();
         }
     }
 }
