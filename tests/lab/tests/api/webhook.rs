@@ -344,6 +344,13 @@ impl Webhook {
         PathBuf::from("/proc").join(pid.to_string())
     }
 
+    /// A figure of a replica's /proc/PID/status, in KiB.
+    pub fn status_kib(&self, index: usize, key: &str) -> u64 {
+        let status = std::fs::read_to_string(self.proc(index).join("status")).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+        line.trim_matches(|c: char| !c.is_ascii_digit()).parse().unwrap()
+    }
+
     /// What a replica has printed.
     pub fn output(&self, index: usize) -> String {
         let name = &self.replicas[index].name;
