@@ -49,7 +49,7 @@ pub struct Plan {
     /// Sizes of the images that are restored, in GiB.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 64, 1024])]
     pub sizes: Vec<u32>,
-    /// MiB that are written into an image of 2 GiB between its backup and its restore.
+    /// MiB that are overwritten in an image of 2 GiB between its backup and its restore.
     #[arg(long, value_delimiter = ',', default_values_t = [64, 256, 768])]
     pub written: Vec<u32>,
     /// The folder of the report.
@@ -71,7 +71,7 @@ pub struct Round {
 pub struct Restored {
     /// Its size, in GiB.
     pub gib: u32,
-    /// What was written between the backup and the restore, in MiB, beside a few rows.
+    /// What was overwritten between the backup and the restore, in MiB, beside a few rows.
     pub written_mib: u32,
     /// What a swap does between the proofs and the start.
     pub swap: Duration,
@@ -153,7 +153,7 @@ impl Plan {
         }
         let by_size = self.sizes.iter().map(|gib| (*gib, 0));
         for (gib, written_mib) in by_size.chain(self.written.iter().map(|mib| (WRITTEN_GIB, *mib))) {
-            eprintln!("restores of {gib} GiB with {written_mib} MiB written");
+            eprintln!("restores of {gib} GiB with {written_mib} MiB overwritten");
             results.restores.push(restores(&stage, gib, written_mib)?);
         }
         scheduler.stop()?;
@@ -178,8 +178,10 @@ impl Plan {
 fn restores(stage: &Stage, gib: u32, written_mib: u32) -> Result<Restored> {
     let name = format!("size-{gib}-{written_mib}");
     let mut database = stage.database_on(&name, &format!("{gib}Gi"), json!({}));
+    // Twice to the same blocks: a rollback removes what is new, and brings back what was overwritten.
+    write(&database, written_mib, 0)?;
     backup(&database, &format!("{name}-backup"))?;
-    write(&database, written_mib)?;
+    write(&database, written_mib, u32::MAX)?;
     database.stop();
     let restore = |method: &str| {
         let record = format!("{name}-{method}");
@@ -203,12 +205,19 @@ fn restores(stage: &Stage, gib: u32, written_mib: u32) -> Result<Restored> {
     Ok(Restored { gib, written_mib, swap: restore("swap")?, rollback })
 }
 
-/// Writes a file of so many MiB, of which no two blocks are alike, beside the database.
-fn write(database: &Database<'_>, mib: u32) -> Result<()> {
+/// Writes a file of so many MiB beside the database, in the place of what it held; no two blocks are alike, nor are those
+/// of another `mask`.
+fn write(database: &Database<'_>, mib: u32, mask: u32) -> Result<()> {
     let path = database.server.mapping().path().join("written");
-    let mut file = File::create(path).context("make a file beside the database")?;
+    let mut file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .context("open a file beside the database")?;
     for number in 0..mib {
-        let block: Vec<u8> = (0..1_u32 << 18).flat_map(|word| (word ^ number << 18).to_le_bytes()).collect();
+        let block: Vec<u8> =
+            (0..1_u32 << 18).flat_map(|word| (word ^ number << 18 ^ mask).to_le_bytes()).collect();
         file.write_all(&block).context("write beside the database")?;
     }
     file.sync_all().context("sync what was written beside the database")

@@ -1,7 +1,8 @@
-//! The report on many databases: a page with the figures, and how each was obtained and on what.
+//! The report on many databases: a page with the figures, how each was obtained and on what, and a plot.
 
 use std::fmt::Write as _;
 use std::fs;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use howdah_bench_figures::{load_average, machine, quantile};
@@ -14,7 +15,7 @@ const TARGET: f64 = 1_000_000.0;
 /// What a backup takes in the scheduler's cache: an entry of 64 bytes and a name of its own.
 const BACKUP_BYTES: f64 = 104.0;
 
-/// Writes `scale.md` into the folder of the plan.
+/// Writes `scale.md` and `scale.svg` into the folder of the plan.
 ///
 /// # Errors
 /// If it cannot be written.
@@ -22,6 +23,7 @@ pub fn write(plan: &Plan, results: &Results) -> Result<()> {
     fs::create_dir_all(&plan.report).context("make the folder of the report")?;
     let path = plan.report.join("scale.md");
     fs::write(&path, page(plan, results)).context("write the report")?;
+    fs::write(plan.report.join("scale.svg"), plot(&results.lateness)).context("write the plot")?;
     eprintln!("the report is {}", path.display());
     Ok(())
 }
@@ -57,6 +59,7 @@ fn page(plan: &Plan, results: &Results) -> String {
          (every {WAKE_SECONDS} s) until its backup was recorded: p50 {p50:.2} s, p99 {p99:.2} s, longest {most:.2} s (target: p99 <= 1 s).\n\
          Each takes its slot by creating a record, and those that wait for their turn are held as well: the memory peaked at\n\
          {peak:.1} MiB (target: <= 200 MiB).\n\n\
+         ![how many were recorded how long after the alarm](scale.svg)\n\n\
          ## How each figure was obtained\n\n\
          - The StatefulSets (two containers, no replicas) and the backups (phase Taken, a journal of six steps) are objects of a\n  real API server. There are no pods and no volumes, so that every backup that begins ends in its preflight.\n\
          - The scheduler is the released one, with the settings that are installed. Memory is `VmRSS` and `VmHWM` of /proc.\n\
@@ -71,6 +74,55 @@ fn page(plan: &Plan, results: &Results) -> String {
         most = late(1.0),
         peak = mib(results.peak_kib),
     )
+}
+
+/// The part of the databases that was recorded within a time after the alarm, and the target.
+fn plot(lateness: &[Duration]) -> String {
+    const LEFT: f64 = 60.0;
+    const TOP: f64 = 50.0;
+    const WIDTH: f64 = 560.0;
+    const HEIGHT: f64 = 240.0;
+    /// Points of the curve: as many as the plot has room for.
+    const POINTS: u32 = 200;
+    /// What the target's line says: 99 % within a second.
+    const TARGET_PART: f64 = 0.99;
+    let longest = quantile(lateness, 1.0).as_secs_f64().max(1.0) * 1.05;
+    let x = |seconds: f64| LEFT + WIDTH * seconds / longest;
+    let y = |part: f64| TOP + HEIGHT * (1.0 - part);
+    let points: Vec<String> = (0..=POINTS)
+        .map(|point| {
+            let part = f64::from(point) / f64::from(POINTS);
+            format!("{:.1},{:.1}", x(quantile(lateness, part).as_secs_f64()), y(part))
+        })
+        .collect();
+    let mut svg = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 660 340\" font-family=\"sans-serif\" font-size=\"12\">\n\
+         <rect width=\"660\" height=\"340\" fill=\"white\"/>\n\
+         <text x=\"{LEFT}\" y=\"30\" font-weight=\"bold\">Part of the databases recorded, by seconds after the alarm</text>\n\
+         <rect x=\"{LEFT}\" y=\"{TOP}\" width=\"{WIDTH}\" height=\"{HEIGHT}\" fill=\"none\" stroke=\"#ccc\"/>\n\
+         <path d=\"M{LEFT} {part:.1} H{second:.1} V{bottom}\" fill=\"none\" stroke=\"#b00\" stroke-dasharray=\"4\"/>\n\
+         <text x=\"{beside:.1}\" y=\"{under:.1}\" text-anchor=\"end\" fill=\"#b00\">target: p99 at most 1 s</text>\n\
+         <polyline points=\"{points}\" fill=\"none\" stroke=\"#0b6\" stroke-width=\"2\"/>\n",
+        part = y(TARGET_PART),
+        second = x(1.0),
+        bottom = TOP + HEIGHT,
+        beside = x(1.0) - 8.0,
+        under = TOP + HEIGHT - 10.0,
+        points = points.join(" "),
+    );
+    for part in [0.0, 0.5, 1.0] {
+        let (x, y) = (LEFT - 8.0, y(part) + 4.0);
+        let _ =
+            writeln!(svg, "<text x=\"{x}\" y=\"{y:.0}\" text-anchor=\"end\">{:.0} %</text>", part * 100.0);
+    }
+    let mut second = 0.0;
+    while second <= longest {
+        let _ =
+            writeln!(svg, "<text x=\"{:.0}\" y=\"308\" text-anchor=\"middle\">{second:.2}</text>", x(second));
+        second += 0.25;
+    }
+    svg.push_str("</svg>\n");
+    svg
 }
 
 /// What the memory comes to at the target's size.

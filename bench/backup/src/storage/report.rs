@@ -71,11 +71,11 @@ fn page(plan: &Plan, results: &Results) -> String {
          ## The steps of the last backup\n\n| phase | ms |\n|---|---|\n{steps}\n\
          ## Rounds of pgbench\n\n\
          | round | tps alone | longest, ms | tps with a backup | longest, ms | ratio |\n|---|---|---|---|---|---|\n{rounds}\n\
-         ## Restores\n\n| image, GiB | written since the backup, MiB | swap, s | rollback, s |\n|---|---|---|---|\n{restores}\n\
+         ## Restores\n\n| image, GiB | overwritten since the backup, MiB | swap, s | rollback, s |\n|---|---|---|---|\n{restores}\n\
          ## How each figure was obtained\n\n\
          - **A backup**: {pairs} pairs, in turns, each after 200 transactions a client; the median of each. Of\n  howdah it is the time of the steps in its journal: preflight, backup mode, record and catalogue; and beside it the time\n  from its first attempt to its end, in which an older backup is deleted. The bare commands are run by `psql` and `rbd`.\n\
          - **pgbench**: scale {SCALE}, {CLIENTS} clients, {seconds} s a round, rounds with and without a backup in turns; medians. The longest\n  transaction is over all rounds.\n\
-         - **Restores** are of stopped databases. The time is that of the steps between the proofs that nobody writes and the\n  start: what a restore adds to a stop and a start. Each image has a file system of at most 1 GiB with a small database, the rest was\n  never written: of that the object map knows, and so neither of the two looks at it.\n",
+         - **Restores** are of stopped databases. The time is that of the steps between the proofs that nobody writes and the\n  start: what a restore adds to a stop and a start. Each image has a file system of at most 1 GiB with a small database, the rest was\n  never written: of that the object map knows, and so neither of the two looks at it. What is overwritten is a\n  file that the backup holds.\n",
         machine = machine(),
         load = load_average(),
         until = recorded / bare,
@@ -90,7 +90,7 @@ fn page(plan: &Plan, results: &Results) -> String {
     )
 }
 
-/// Seconds of a swap and a rollback: by the size of the image, and by what was written since the backup.
+/// Seconds of a swap and a rollback: by the size of the image, and by what was overwritten since the backup.
 fn plot(restores: &[Restored], sizes: usize) -> String {
     let mut svg = String::from(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 1040 340\" font-family=\"sans-serif\" font-size=\"12\">\n\
@@ -101,9 +101,14 @@ fn plot(restores: &[Restored], sizes: usize) -> String {
     panel(&mut svg, 70.0, "Restore by the size of the image, s", most, by_size, |restored| {
         format!("{} GiB", restored.gib)
     });
-    panel(&mut svg, 570.0, "Restore by what was written since the backup, s", most, by_written, |restored| {
-        format!("{} MiB", restored.written_mib)
-    });
+    panel(
+        &mut svg,
+        570.0,
+        "Restore by what was overwritten since the backup, s",
+        most,
+        by_written,
+        |restored| format!("{} MiB", restored.written_mib),
+    );
     svg.push_str("</svg>\n");
     svg
 }
