@@ -16,11 +16,19 @@ RUN apt-get update && cd /tmp \
         drivers/hid drivers/input drivers/video drivers/target drivers/mtd drivers/ata drivers/hwmon \
     && depmod "$(ls /usr/lib/modules)" \
     && rm -rf /tmp/* /var/lib/apt/lists/* /var/cache/apt/*
+# Whom the kubelet asks for time when the node is shut down. Without systemd that is elogind; its package would take the
+# place of a library that apt itself stands on, and the daemon needs none of that.
+RUN apt-get update && apt-get install -y --no-install-recommends dbus-daemon dbus-system-bus-common libcap2 libpam0g \
+    && cd /tmp && apt-get download elogind \
+    && dpkg-deb --fsys-tarfile elogind_*.deb | tar --extract --directory=/ --keep-directory-symlink \
+    && ln -sf /bin/busybox /sbin/poweroff \
+    && rm -rf /tmp/* /var/lib/apt/lists/* /var/cache/apt/*
 COPY --from=kubernetes /bin/howdah-kube /usr/local/bin/howdah-kube
 COPY --from=containerd /bin/containerd /bin/containerd-shim-runc-v2 /bin/ctr /usr/local/bin/
 COPY --from=storage /bin/howdah-lab-csi /usr/local/bin/howdah-lab-csi
 COPY --from=containerd /bin/bridge /bin/host-local /bin/loopback /opt/cni/bin/
 COPY node/inittab /etc/inittab
+COPY node/logind.conf /etc/elogind/logind.conf.d/lab.conf
 COPY node/containerd.toml /etc/containerd/config.toml
 COPY node/kubelet.yaml node/kube-proxy.yaml /etc/kubernetes/
 COPY --chmod=0755 node/boot node/run /usr/local/lib/howdah/

@@ -1,35 +1,40 @@
-//! A protected database that runs on the nodes, as a user would have it.
+//! A protected database that runs on the nodes, as a user would have it: for tests.
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use howdah_adapters::records::PostgresBackup;
 use howdah_core::backup::{BackupStatus, Phase};
-use howdah_lab::lab::Lab;
-use howdah_lab::repository;
-use howdah_lab::storage::claim::wait_slowly;
-use howdah_lab::testing::TempNamespace;
 use kube::ResourceExt as _;
 use serde_json::Value;
 
-use crate::lab;
+use crate::demo::load;
+use crate::lab::Lab;
+use crate::repository;
+use crate::storage::claim::wait_slowly;
+use crate::testing::TempNamespace;
 
 /// initdb alone takes 17 s on an emulated node; a busy one, several times that.
 pub const START_LIMIT: &str = "--timeout=420s";
 /// A backup takes some 40 s on busy emulated nodes; its schedule comes round every half minute, and another test takes
 /// the leading scheduler away meanwhile.
 pub const BACKUP_LIMIT: Duration = Duration::from_secs(480);
+/// Rows that must come along.
+pub const ROWS: u64 = 1000;
 const SCHEDULE: &str = "howdah.dev/schedule=*/30 * * * * *";
 
 /// The database of deploy/examples/postgres.yaml, in a namespace of its own.
+#[derive(Debug)]
 pub struct Database {
+    /// Where it runs.
     pub lab: Lab,
+    /// What it is alone in; both go when this is dropped.
     pub namespace: TempNamespace,
 }
 
 impl Database {
-    pub fn start() -> Result<Self> {
-        let lab = lab()?;
+    /// Applies it to a lab in which howdah is installed, and waits until it is Ready.
+    pub fn start(lab: Lab) -> Result<Self> {
         let namespace = lab.namespace("backup")?;
         let database = Self { lab, namespace };
         let manifest = repository::root().join("deploy/examples/postgres.yaml");
@@ -43,16 +48,43 @@ impl Database {
         Ok(database)
     }
 
+    /// Runs kubectl in its namespace.
     pub fn kubectl(&self, args: &[&str]) -> Result<String> {
         self.lab.kubectl_ok(&[&["-n", self.namespace.name()], args].concat())
     }
 
+    /// Sets annotations of its StatefulSet.
     pub fn annotate(&self, annotations: &[&str]) -> Result<String> {
         self.kubectl(&[&["annotate", "--overwrite", "statefulset", "db"], annotations].concat())
     }
 
+    /// The address of one of its pods.
     pub fn address(&self, pod: &str) -> Result<String> {
         self.kubectl(&["get", "pod", pod, "-o", "jsonpath={.status.podIP}"])
+    }
+
+    /// Asks PostgreSQL in one of its pods one question.
+    pub fn sql(&self, pod: &str, query: &str) -> Result<String> {
+        Ok(load::ask(&self.lab, &self.address(pod)?, query)?.trim().to_owned())
+    }
+
+    /// Writes rows that must be there later, however it was moved or restored meanwhile.
+    pub fn keep_rows(&self) -> Result<()> {
+        self.sql("db-0", &format!("create table kept as select generate_series(1, {ROWS}) as n")).map(drop)
+    }
+
+    /// Waits until it answers and has the rows that were to be kept.
+    pub fn has_kept_rows(&self) -> Result<()> {
+        self.wait("the rows that were kept", || {
+            Ok(self.sql("db-0", "select count(*) from kept")? == ROWS.to_string())
+        })
+    }
+
+    /// The node it runs on.
+    pub fn node(&self) -> Result<String> {
+        let name = self.kubectl(&["get", "pod", "db-0", "-o", "jsonpath={.spec.nodeName}"])?;
+        ensure!(!name.is_empty(), "the pod has no node");
+        Ok(name)
     }
 
     /// Name and status of the backups, by name, which is by slot.
@@ -68,11 +100,13 @@ impl Database {
         Ok(backups)
     }
 
+    /// The backups that are taken, and not verified.
     pub fn taken(&self) -> Result<Vec<(String, BackupStatus)>> {
         let all = self.backups()?.into_iter();
         Ok(all.filter(|(_, status)| status.phase == Phase::Taken).collect())
     }
 
+    /// Waits until `condition` holds, which may fail while it does not; a backup fits into the time.
     pub fn wait(&self, what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
         let mut last = None;
         let reached = wait_slowly(BACKUP_LIMIT, || {

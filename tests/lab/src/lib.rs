@@ -5,6 +5,7 @@ pub mod args;
 pub mod cache;
 pub mod ceph;
 pub mod control_plane;
+pub mod database;
 pub mod demo;
 pub mod down;
 pub mod files;

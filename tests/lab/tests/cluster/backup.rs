@@ -4,11 +4,12 @@
 use anyhow::{Context, Result, ensure};
 use howdah_core::annotations::Consistency;
 use howdah_core::backup::BackupStatus;
+use howdah_lab::database::{BACKUP_LIMIT, Database, START_LIMIT};
 use howdah_lab::demo::load::{self, Load};
 use howdah_lab::storage::claim::wait_slowly;
 use serde_json::{Value, json};
 
-use crate::database::{BACKUP_LIMIT, Database, START_LIMIT};
+use crate::lab;
 
 /// A clone of a snapshot with a PostgreSQL on it; removed when dropped.
 struct Restored<'a> {
@@ -86,7 +87,7 @@ impl Drop for Restored<'_> {
 
 #[test]
 fn a_clone_of_a_backup_holds_every_row_committed_before_it_and_is_never_pruned_away() -> Result<()> {
-    let database = Database::start()?;
+    let database = Database::start(lab()?)?;
     let load = Load::start(&database.lab, &database.address("db-0")?)?;
     database.annotate(&["howdah.dev/suspend=false"])?;
     // The second one begins when the load has long been running.

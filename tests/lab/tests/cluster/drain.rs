@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use howdah_core::backup::Phase;
-use howdah_lab::demo::load;
+use howdah_lab::database::{BACKUP_LIMIT, Database, START_LIMIT};
 use howdah_lab::lab::Lab;
 use howdah_lab::process::{self, Identity};
 use howdah_lab::storage::claim::wait_slowly;
 use nix::sys::signal::Signal;
 
-use crate::database::{BACKUP_LIMIT, Database, START_LIMIT};
+use crate::lab;
 
 /// A pod that leaves its node shuts PostgreSQL down, detaches, attaches elsewhere and recovers.
 const MOVE_LIMIT: Duration = Duration::from_secs(420);
@@ -25,8 +25,6 @@ const OSD: &str = "ceph-osd.0";
 const TOLD_LIMIT: Duration = Duration::from_secs(30);
 /// Backups that the drain may miss the middle of before the test gives up.
 const TRIES_MAX: usize = 4;
-/// Rows that must come along.
-const ROWS: u64 = 1000;
 
 /// A node that is schedulable and untainted again at the end.
 struct Node<'a> {
@@ -46,14 +44,12 @@ impl Drop for Node<'_> {
 impl<'a> Node<'a> {
     /// The node that the database runs on.
     fn of(database: &'a Database) -> Result<Self> {
-        let name = database.kubectl(&["get", "pod", "db-0", "-o", "jsonpath={.spec.nodeName}"])?;
-        ensure!(!name.is_empty(), "the pod has no node");
-        Ok(Self { lab: &database.lab, name })
+        Ok(Self { lab: &database.lab, name: database.node()? })
     }
 }
 
 /// Waits until the database is Ready on another node and has the rows it had.
-fn moved(database: &Database, from: &str, rows: u64) -> Result<()> {
+fn moved(database: &Database, from: &str) -> Result<()> {
     let path = "jsonpath={.spec.nodeName} {.status.conditions[?(@.type=='Ready')].status}";
     let elsewhere = || {
         let said = database.kubectl(&["get", "pod", "db-0", "-o", path]).unwrap_or_default();
@@ -61,13 +57,7 @@ fn moved(database: &Database, from: &str, rows: u64) -> Result<()> {
     };
     ensure!(wait_slowly(MOVE_LIMIT, elsewhere), "{}", database.kubectl(&["describe", "pod", "db-0"])?);
     database.kubectl(&["rollout", "status", "statefulset/db", START_LIMIT])?;
-    let address = database.address("db-0")?;
-    database.wait("SQL after the move", || Ok(count(database, &address)? == rows))
-}
-
-fn count(database: &Database, address: &str) -> Result<u64> {
-    let answer = load::ask(&database.lab, address, "select count(*) from kept")?;
-    answer.trim().parse().with_context(|| format!("read the count {answer:?}"))
+    database.has_kept_rows()
 }
 
 /// Whether a backup is in backup mode or takes its snapshot now.
@@ -116,15 +106,14 @@ fn drain_in_a_backup(database: &Database) -> Result<bool> {
     database.annotate(&["howdah.dev/suspend=true"])?;
     let status = drain.wait().context("wait for kubectl drain")?;
     ensure!(status.success(), "the drain failed");
-    moved(database, &node.name, ROWS)?;
+    moved(database, &node.name)?;
     Ok(waited)
 }
 
 #[test]
 fn a_drain_waits_for_a_backup_and_nothing_but_force_is_stopped() -> Result<()> {
-    let database = Database::start()?;
-    let address = database.address("db-0")?;
-    load::ask(&database.lab, &address, "create table kept as select generate_series(1, 1000) as n")?;
+    let database = Database::start(lab()?)?;
+    database.keep_rows()?;
 
     let forced = database.kubectl(&["delete", "pod", "db-0", "--force", "--grace-period=0"]);
     let refused = forced.err().context("force-delete the pod: howdah let it pass")?.to_string();
@@ -145,7 +134,7 @@ fn a_drain_waits_for_a_backup_and_nothing_but_force_is_stopped() -> Result<()> {
         Ok(database.backups()?.iter().all(|(_, status)| status.phase.is_terminal()))
     })?;
     database.lab.kubectl_ok(&["taint", "node", &node.name, "howdah.test/move=now:NoExecute"])?;
-    moved(&database, &node.name, ROWS)?;
+    moved(&database, &node.name)?;
     drop(node);
 
     // A namespace goes with everything in it: claims and pods of a protected set do not hold it.

@@ -8,7 +8,6 @@ use howdah_lab::lab::Lab;
 use howdah_lab::testing::shared_name;
 
 mod backup;
-mod database;
 mod drain;
 mod installed;
 mod restore;

@@ -4,62 +4,54 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use howdah_lab::database::Database;
 use howdah_lab::storage::claim::wait_slowly;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::database::Database;
+use crate::lab;
 
 /// A stop, a start and a crash recovery on emulated nodes take a minute or two.
 const OPERATION_LIMIT: Duration = Duration::from_secs(600);
 
-impl Database {
-    fn sql(&self, pod: &str, query: &str) -> Result<String> {
-        let address = self.address(pod)?;
-        let mut psql = self.lab.command("psql");
-        psql.env("PGPASSWORD", "change-me").args(["-h", &address, "-U", "postgres", "-XAtqc", query]);
-        Ok(self.lab.output_inside(&mut psql)?.trim().to_owned())
-    }
+/// Creates an operation and waits until it stands at `end`.
+fn operate(database: &Database, kind: &str, name: &str, spec: Value, end: &str) -> Result<()> {
+    let order = json!({"apiVersion": "howdah.dev/v1alpha1", "kind": kind,
+        "metadata": {"name": name, "namespace": database.namespace.name()}, "spec": spec});
+    let applied = database.lab.kubectl_apply(&order.to_string())?;
+    ensure!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
+    wait_for(database, &format!("{}/{name}", kind.to_lowercase()), end)
+}
 
-    /// Creates an operation and waits until it stands at `end`.
-    fn operate(&self, kind: &str, name: &str, spec: serde_json::Value, end: &str) -> Result<()> {
-        let order = json!({"apiVersion": "howdah.dev/v1alpha1", "kind": kind,
-            "metadata": {"name": name, "namespace": self.namespace.name()}, "spec": spec});
-        let applied = self.lab.kubectl_apply(&order.to_string())?;
-        ensure!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
-        self.wait_for(&format!("{}/{name}", kind.to_lowercase()), end)
-    }
-
-    /// Waits until an operation stands at `end`.
-    fn wait_for(&self, resource: &str, end: &str) -> Result<()> {
-        let mut phase = String::new();
-        wait_slowly(OPERATION_LIMIT, || {
-            let wanted = ["get", resource, "-o", "jsonpath={.status.phase}"];
-            phase = self.kubectl(&wanted).unwrap_or_default();
-            phase == end || ["Failed", "Stuck"].contains(&phase.as_str())
-        });
-        ensure!(phase == end, "{}", self.kubectl(&["get", resource, "-o", "yaml"])?);
-        Ok(())
-    }
+/// Waits until an operation stands at `end`.
+fn wait_for(database: &Database, resource: &str, end: &str) -> Result<()> {
+    let mut phase = String::new();
+    wait_slowly(OPERATION_LIMIT, || {
+        let wanted = ["get", resource, "-o", "jsonpath={.status.phase}"];
+        phase = database.kubectl(&wanted).unwrap_or_default();
+        phase == end || ["Failed", "Stuck"].contains(&phase.as_str())
+    });
+    ensure!(phase == end, "{}", database.kubectl(&["get", resource, "-o", "yaml"])?);
+    Ok(())
 }
 
 #[test]
 fn a_pod_comes_back_on_the_restored_volume_and_on_the_old_one_after_the_undo() -> Result<()> {
-    let database = Database::start()?;
+    let database = Database::start(lab()?)?;
     database.sql("db-0", "CREATE TABLE t AS SELECT 1 AS n")?;
-    database.operate("PostgresBackup", "one", json!({"statefulSet": "db"}), "Taken")?;
+    operate(&database, "PostgresBackup", "one", json!({"statefulSet": "db"}), "Taken")?;
     database.sql("db-0", "UPDATE t SET n = 2")?;
-    database.operate("PostgresRestore", "back", json!({"statefulSet": "db", "to": "one"}), "Completed")?;
+    operate(&database, "PostgresRestore", "back", json!({"statefulSet": "db", "to": "one"}), "Completed")?;
     ensure!(database.sql("db-0", "SELECT n FROM t")? == "1", "the backup is not in place");
-    database.operate("PostgresRestore", "undo", json!({"statefulSet": "db", "undo": "back"}), "Completed")?;
+    operate(&database, "PostgresRestore", "undo", json!({"statefulSet": "db", "undo": "back"}), "Completed")?;
     ensure!(database.sql("db-0", "SELECT n FROM t")? == "2", "what was there before is not in place");
     Ok(())
 }
 
 #[test]
 fn a_copy_that_the_command_makes_runs_in_a_pod_of_its_own_beside_the_original() -> Result<()> {
-    let database = Database::start()?;
+    let database = Database::start(lab()?)?;
     database.sql("db-0", "CREATE TABLE t AS SELECT 1 AS n")?;
-    database.operate("PostgresBackup", "one", json!({"statefulSet": "db"}), "Taken")?;
+    operate(&database, "PostgresBackup", "one", json!({"statefulSet": "db"}), "Taken")?;
     database.sql("db-0", "UPDATE t SET n = 2")?;
     let test = std::env::current_exe().context("find this test")?;
     let command =
@@ -70,7 +62,7 @@ fn a_copy_that_the_command_makes_runs_in_a_pod_of_its_own_beside_the_original() 
     let target = ["--into", "db-copy", "-n", database.namespace.name()];
     database.lab.output_inside(command.args(target))?;
     let name = database.kubectl(&["get", "pgr", "-o", "jsonpath={.items[0].metadata.name}"])?;
-    database.wait_for(&format!("pgr/{name}"), "Completed")?;
+    wait_for(&database, &format!("pgr/{name}"), "Completed")?;
     ensure!(database.sql("db-copy-0", "SELECT n FROM t")? == "1", "the copy is not of the backup");
     ensure!(database.sql("db-0", "SELECT n FROM t")? == "2", "the original was touched");
     Ok(())

@@ -5,15 +5,14 @@ use anyhow::{Result, ensure};
 use howdah_core::backup::Phase;
 use howdah_core::names::VERIFY_NAMESPACE;
 use howdah_lab::ceph::POOL;
-use howdah_lab::demo::load;
+use howdah_lab::database::{Database, ROWS};
 
-use crate::database::Database;
+use crate::lab;
 
 #[test]
 fn a_backup_is_proven_by_a_pod_that_is_gone_afterwards() -> Result<()> {
-    let database = Database::start()?;
-    let address = database.address("db-0")?;
-    load::ask(&database.lab, &address, "create table kept as select generate_series(1, 1000) as n")?;
+    let database = Database::start(lab()?)?;
+    database.keep_rows()?;
     database.annotate(&["howdah.dev/verify=always", "howdah.dev/suspend=false"])?;
     database.wait("a backup", || Ok(!database.backups()?.is_empty()))?;
     database.annotate(&["howdah.dev/suspend=true"])?;
@@ -23,7 +22,7 @@ fn a_backup_is_proven_by_a_pod_that_is_gone_afterwards() -> Result<()> {
     let verified = database.backups()?.into_iter().find(|(_, status)| status.phase == Phase::Verified);
     let report = verified.and_then(|(_, status)| status.verification?.report);
     let rows = report.as_ref().and_then(|report| report.rows);
-    ensure!(rows == Some(1000), "the drill read {report:?}");
+    ensure!(rows == Some(ROWS), "the drill read {report:?}");
     for kind in ["pod", "pvc"] {
         let left = database.lab.kubectl_ok(&["-n", VERIFY_NAMESPACE, "get", kind, "-o", "name"])?;
         ensure!(left.is_empty(), "left behind: {left}");

@@ -14,6 +14,8 @@ use howdah_lab::node::vm::{self, State};
 use howdah_lab::process::wait_until;
 use howdah_lab::testing::{TempNamespace, shared_name};
 
+mod shutdown;
+
 /// The node that is broken. Any lab has it.
 const NODE: u8 = 1;
 /// A node is declared dead after ten seconds, and declared alive at its next lease; the rest is for a machine
@@ -21,6 +23,13 @@ const NODE: u8 = 1;
 const NOTICE_LIMIT: Duration = Duration::from_secs(180);
 /// A pod runs some five seconds after it was created, alone.
 const POD_LIMIT: Duration = Duration::from_secs(240);
+
+/// Tests that break nodes, or need all of them whole, take turns.
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    // A test that failed has mended its node all the same.
+    ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A node that is whole again at the end, whatever the test did to it.
 struct Victim {
@@ -31,9 +40,7 @@ struct Victim {
 
 impl Victim {
     fn take() -> Self {
-        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-        // A test that failed has mended its node all the same.
-        let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let alone = alone();
         let lab = Lab::open_or_up(&shared_name(), NODE).unwrap();
         Self { lab, node: Node::numbered(NODE).unwrap(), _alone: alone }
     }
@@ -56,6 +63,15 @@ impl Victim {
 
     /// A pod on the node that runs `script`, and that nothing but its own deletion takes away.
     fn run(&self, script: &str) -> Pod<'_> {
+        self.start(script, false)
+    }
+
+    /// A pod on the node that can do there what its administrator can, by `exec`.
+    fn administrator(&self) -> Pod<'_> {
+        self.start("sleep infinity", true)
+    }
+
+    fn start(&self, script: &str, privileged: bool) -> Pod<'_> {
         let namespace = self.lab.namespace("nodes").unwrap();
         let pod = serde_json::json!({
             "apiVersion": "v1",
@@ -64,11 +80,13 @@ impl Victim {
             "spec": {
                 "nodeName": self.node.name(),
                 "terminationGracePeriodSeconds": 1,
+                "hostPID": privileged,
                 "tolerations": [{ "operator": "Exists" }],
                 "containers": [{
                     "name": "probe",
                     "image": "docker.io/library/postgres:15",
                     "imagePullPolicy": "Never",
+                    "securityContext": { "privileged": privileged },
                     "command": ["bash", "-c", script],
                 }],
             },
