@@ -24,6 +24,7 @@ use howdah_adapters::kubernetes::{self, Kubernetes};
 use howdah_adapters::leader::{Election, LeaderSettings};
 use howdah_adapters::shutdown::{self, Tasks};
 use howdah_adapters::telemetry::{self, Diagnostics, Readiness};
+use tokio::runtime::Runtime;
 use tokio::sync::{Mutex, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
@@ -40,9 +41,15 @@ const DRAIN: Duration = Duration::from_secs(80);
 
 /// Runs the scheduler until a signal.
 ///
+/// Waits itself: a future is compiled where it is first polled, and all of this would be a second time for `main`.
+///
 /// # Errors
 /// If it cannot start, or a part of it ends early.
-pub async fn serve(args: Args) -> anyhow::Result<()> {
+pub fn serve(args: Args) -> anyhow::Result<()> {
+    Runtime::new().context("start the runtime")?.block_on(until_signal(args))
+}
+
+async fn until_signal(args: Args) -> anyhow::Result<()> {
     let shutdown = shutdown::on_signal()?;
     let client = kubernetes::connect(args.kubeconfig.as_deref()).await?;
     let mut registry = telemetry::registry(NAME, env!("CARGO_PKG_VERSION"));

@@ -6,8 +6,7 @@ use clap::Parser as _;
 use howdah_adapters::{shutdown, telemetry};
 use howdah_scheduler::args::Args;
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let args = Args::parse();
     let prepared = shutdown::install_crypto_provider()
         .and_then(|()| telemetry::init_tracing(args.log_format, &args.log));
@@ -15,7 +14,7 @@ async fn main() -> ExitCode {
         eprintln!("howdah-scheduler: {error:#}");
         return ExitCode::FAILURE;
     }
-    match howdah_scheduler::serve(args).await {
+    match howdah_scheduler::serve(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = format!("{error:#}"), "the scheduler ends");

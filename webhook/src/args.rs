@@ -15,6 +15,7 @@ use howdah_adapters::{shutdown, telemetry};
 use howdah_certs::{ClientAuthority, FailClosed, FailOpen, Keeper, Lifetimes};
 use howdah_core::names;
 use howdah_core::policy::Config;
+use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -103,9 +104,15 @@ pub struct Args {
 impl Args {
     /// Serves until a signal, then drains: not ready, serve on until nobody sends more, finish what is open, join.
     ///
+    /// Waits itself: a future is compiled where it is first polled, and all of this would be a second time for `main`.
+    ///
     /// # Errors
     /// If an address is taken, the cluster is unreachable, or a task ends by itself.
-    pub async fn run(self) -> anyhow::Result<()> {
+    pub fn run(self) -> anyhow::Result<()> {
+        Runtime::new().context("start the runtime")?.block_on(self.serve())
+    }
+
+    async fn serve(self) -> anyhow::Result<()> {
         // Every field by name: one that is not used does not compile.
         let Self {
             listen,

@@ -10,10 +10,9 @@ use mimalloc::MiMalloc;
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<()> {
     shutdown::install_crypto_provider()?;
     let args = Args::parse();
     telemetry::init_tracing(args.log_format, &args.log)?;
-    args.run().await
+    args.run()
 }
