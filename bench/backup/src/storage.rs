@@ -40,7 +40,7 @@ pub struct Plan {
     /// Pairs of a backup and the bare commands.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..=200))]
     pub backups: u16,
-    /// Pairs of pgbench rounds, one with a backup and one without.
+    /// Rounds of pgbench, each once with a backup, once with the bare commands, and once with neither.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=50))]
     pub rounds: u16,
     /// Seconds of a pgbench round.
@@ -94,6 +94,8 @@ pub struct Results {
     pub steps: Vec<(&'static str, u64)>,
     /// Rounds without.
     pub alone: Vec<Round>,
+    /// Rounds with the bare commands.
+    pub snapped: Vec<Round>,
     /// Rounds with a backup.
     pub backed_up: Vec<Round>,
     /// By image size.
@@ -142,11 +144,13 @@ impl Plan {
             }
             for round in 0..self.rounds {
                 eprintln!("pgbench round {} of {}", round + 1, self.rounds);
-                for turn in 0..2 {
-                    if (turn + round) % 2 == 0 {
-                        results.alone.push(self.round(&database, None)?);
-                    } else {
-                        results.backed_up.push(self.round(&database, Some(format!("load-{round}")))?);
+                for turn in 0..3 {
+                    match (turn + round) % 3 {
+                        0 => results.alone.push(self.round(&database, || Ok(()))?),
+                        1 => results.snapped.push(self.round(&database, || bare(&database).map(drop))?),
+                        _ => results.backed_up.push(
+                            self.round(&database, || backup(&database, &format!("load-{round}")).map(drop))?,
+                        ),
                     }
                 }
             }
@@ -160,15 +164,13 @@ impl Plan {
         report::write(self, &results)
     }
 
-    /// One round of pgbench; with a backup of this name a third into it, if there is one.
-    fn round(&self, database: &Database<'_>, backed_up_as: Option<String>) -> Result<Round> {
+    /// One round of pgbench, with something done a third into it.
+    fn round(&self, database: &Database<'_>, work: impl FnOnce() -> Result<()>) -> Result<Round> {
         let seconds = u64::from(self.seconds);
         std::thread::scope(|scope| {
             let load = scope.spawn(|| measured_pgbench(database, seconds));
-            if let Some(name) = backed_up_as {
-                std::thread::sleep(Duration::from_secs(seconds / 3));
-                backup(database, &name)?;
-            }
+            std::thread::sleep(Duration::from_secs(seconds / 3));
+            work()?;
             load.join().map_err(|_| anyhow::anyhow!("run pgbench: it panicked"))?
         })
     }

@@ -29,22 +29,25 @@ fn page(plan: &Plan, results: &Results) -> String {
     let tps = |rounds: &[Round]| median(&rounds.iter().map(|round| round.tps).collect::<Vec<_>>());
     let stall =
         |rounds: &[Round]| rounds.iter().map(|round| round.stall).max().unwrap_or_default().as_millis();
-    let (alone, backed_up) = (tps(&results.alone), tps(&results.backed_up));
+    let (alone, snapped, backed_up) = (tps(&results.alone), tps(&results.snapped), tps(&results.backed_up));
     let mut steps = String::new();
     for (phase, took) in &results.steps {
         let _ = writeln!(steps, "| {phase} | {took} |");
     }
     let mut rounds = String::new();
-    for (i, (alone, backed_up)) in results.alone.iter().zip(&results.backed_up).enumerate() {
+    let all = results.alone.iter().zip(&results.snapped).zip(&results.backed_up);
+    for (i, ((alone, snapped), backed_up)) in all.enumerate() {
+        let beside = |round: &Round| {
+            format!("{:.0} | {} | {:.3}", round.tps, round.stall.as_millis(), round.tps / alone.tps)
+        };
         let _ = writeln!(
             rounds,
-            "| {} | {:.0} | {} | {:.0} | {} | {:.3} |",
+            "| {} | {:.0} | {} | {} | {} |",
             i + 1,
             alone.tps,
             alone.stall.as_millis(),
-            backed_up.tps,
-            backed_up.stall.as_millis(),
-            backed_up.tps / alone.tps
+            beside(snapped),
+            beside(backed_up),
         );
     }
     let mut restores = String::new();
@@ -65,16 +68,18 @@ fn page(plan: &Plan, results: &Results) -> String {
          | the same with the deletion of an older one | {howdah:.2} s | {bare:.2} s | {wall:.2} | |\n\
          | of it in backup mode: checkpoint, snapshot, stop | {held:.2} s | {bare:.2} s | {mode:.2} | |\n\
          | transactions a second in {seconds} s with a backup, beside {seconds} s without | {backed_up:.0} | {alone:.0} | {kept:.3} | >= 0.97 |\n\
+         | the same with the bare commands, beside none | {snapped:.0} | {alone:.0} | {cut:.3} | |\n\
          | the longest transaction | {stall_backed} ms | {stall_alone} ms | | named |\n\
          | swap: furthest from the median of all sizes | {furthest:.0} % | | | <= 20 % |\n\n\
          ![restores by the size of the image](backup.svg)\n\n\
          ## The steps of the last backup\n\n| phase | ms |\n|---|---|\n{steps}\n\
          ## Rounds of pgbench\n\n\
-         | round | tps alone | longest, ms | tps with a backup | longest, ms | ratio |\n|---|---|---|---|---|---|\n{rounds}\n\
+         | round | tps alone | longest, ms | with the bare commands | longest, ms | ratio | with a backup | longest, ms | ratio |\n\
+         |---|---|---|---|---|---|---|---|---|\n{rounds}\n\
          ## Restores\n\n| image, GiB | overwritten since the backup, MiB | swap, s | rollback, s |\n|---|---|---|---|\n{restores}\n\
          ## How each figure was obtained\n\n\
          - **A backup**: {pairs} pairs, in turns, each after 200 transactions a client; the median of each. Of\n  howdah it is the time of the steps in its journal: preflight, backup mode, record and catalogue; and beside it the time\n  from its first attempt to its end, in which an older backup is deleted. The bare commands are run by `psql` and `rbd`.\n\
-         - **pgbench**: scale {SCALE}, {CLIENTS} clients, {seconds} s a round, rounds with and without a backup in turns; medians. The longest\n  transaction is over all rounds.\n\
+         - **pgbench**: scale {SCALE}, {CLIENTS} clients, {seconds} s a round, in turns with neither, the bare commands and a backup; medians. The longest\n  transaction is over all rounds.\n\
          - **Restores** are of stopped databases. The time is that of the steps between the proofs that nobody writes and the\n  start: what a restore adds to a stop and a start. Each image has a file system of at most 1 GiB with a small database, the rest was\n  never written: of that the object map knows, and so neither of the two looks at it. What is overwritten is a\n  file that the backup holds.\n",
         machine = machine(),
         load = load_average(),
@@ -82,6 +87,7 @@ fn page(plan: &Plan, results: &Results) -> String {
         wall = howdah / bare,
         mode = held / bare,
         kept = backed_up / alone,
+        cut = snapped / alone,
         stall_backed = stall(&results.backed_up),
         stall_alone = stall(&results.alone),
         furthest = furthest * 100.0,
