@@ -87,6 +87,12 @@ impl Database {
         Ok(name)
     }
 
+    /// What howdah refused to do with it: each denial is an Event.
+    pub fn denials(&self) -> Result<String> {
+        let reason = "--field-selector=reason=RequestDenied";
+        self.kubectl(&["get", "events", reason, "-o", "jsonpath={.items[*].message}"])
+    }
+
     /// Name and status of the backups, by name, which is by slot.
     pub fn backups(&self) -> Result<Vec<(String, BackupStatus)>> {
         let list: Value = serde_json::from_str(&self.kubectl(&["get", "pgb", "-o", "json"])?)?;

@@ -138,3 +138,21 @@ fn projection(idle: &[Idle]) -> String {
         total = seen + more,
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::plot;
+
+    #[test]
+    fn the_curve_runs_from_none_at_the_left_to_all_at_the_longest() {
+        let lateness: Vec<Duration> = (0..=2000).map(Duration::from_millis).collect();
+        let svg = plot(&lateness);
+        let curve = svg.split("points=\"").nth(1).and_then(|rest| rest.split('"').next()).unwrap();
+        let points: Vec<&str> = curve.split(' ').collect();
+        assert_eq!((points.first(), points.last()), (Some(&"60.0,290.0"), Some(&"593.3,50.0")));
+        // A second is the middle of what was seen, and the target asks for 99 % by then.
+        assert!(svg.contains("M60 52.4 H326.7 V290") && curve.contains("326.7,170.0"), "{svg}");
+    }
+}

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::certs::protected;
 use crate::webhook::{Webhook, post, post_head, read_answer, tcp_connect, tls_connect, tls_post};
 
-/// What is left of the largest reviews when they are over: 44 to 52 MiB were seen of a debug build, and 68 to 273 without
+/// What is left of the largest reviews when they are over: 43 to 50 MiB were seen of a debug build, and 66 to 267 without
 /// the deployment's `MIMALLOC_PURGE_DELAY`.
 const GIVEN_BACK_KIB: u64 = 60 * 1024;
 /// Memory is given back after milliseconds; the rest is for a busy machine.

@@ -33,7 +33,7 @@ const FRESH_EVERY: usize = 10;
 const REVIEWS_MAX: usize = 300_000;
 /// How often the replicas are asked whether they are ready.
 const PROBE_EVERY: Duration = Duration::from_millis(100);
-/// Memory of a replica under this load: 40 to 42 MiB were seen of a debug build, and 50 to 53 without the deployment's
+/// Memory of a replica under this load: 39 to 41 MiB were seen of a debug build, and 49 to 52 without the deployment's
 /// `MIMALLOC_ARENA_EAGER_COMMIT`.
 const MEMORY_KIB: u64 = 46 * 1024;
 /// Failures that are kept to be shown.

@@ -97,11 +97,8 @@ fn drain_in_a_backup(database: &Database) -> Result<bool> {
     drain.args(["drain", &node.name, "--pod-selector=howdah.dev/protect=true", DRAIN_LIMIT]);
     let mut drain = drain.stdin(Stdio::null()).spawn().context("run kubectl drain")?;
     // kubectl's client tries a 429 again by itself, ten times, before kubectl says a word; the denial is an Event, too.
-    let denials =
-        ["get", "events", "--field-selector=reason=RequestDenied", "-o", "jsonpath={.items[*].message}"];
-    let waited = wait_slowly(TOLD_LIMIT, || {
-        database.kubectl(&denials).is_ok_and(|denials| denials.contains("[eviction]"))
-    });
+    let waited =
+        wait_slowly(TOLD_LIMIT, || database.denials().is_ok_and(|denials| denials.contains("[eviction]")));
     drop(paused);
     database.annotate(&["howdah.dev/suspend=true"])?;
     let status = drain.wait().context("wait for kubectl drain")?;

@@ -53,9 +53,7 @@ fn a_node_that_is_shut_down_ends_its_database_in_order_and_howdah_lets_it() -> R
         log.contains("database system was shut down at"),
         "PostgreSQL was not shut down in order:\n{log}"
     );
-    let denials =
-        ["get", "events", "--field-selector=reason=RequestDenied", "-o", "jsonpath={.items[*].message}"];
-    let denied = database.kubectl(&denials)?;
+    let denied = database.denials()?;
     ensure!(denied.is_empty(), "howdah stood in the way: {denied}");
     Ok(())
 }

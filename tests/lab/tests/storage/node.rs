@@ -266,6 +266,7 @@ impl<'a> Killer<'a> {
             // It stands still while it is looked where it is: on a busy machine a signal at the right moment comes too late.
             self.scheduler.signal(Signal::SIGSTOP).unwrap();
             let phases = self.stage.restore_phases(restores);
+            assert_eq!(phases.len(), restores.len(), "a record is missing");
             if phases.iter().any(|phase| pending.contains(phase)) {
                 self.scheduler.signal(Signal::SIGKILL).unwrap();
                 assert!(self.scheduler.wait_gone(RESTORE_LIMIT));
