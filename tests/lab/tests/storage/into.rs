@@ -1,7 +1,6 @@
 //! Restores into another StatefulSet, beside a database that runs on.
 
 use howdah_lab::stage::{Place, START_LIMIT, Stage, name_of};
-use std::collections::HashSet;
 use std::slice;
 
 use howdah_core::lineage;
@@ -58,12 +57,9 @@ fn a_copy_is_made_beside_a_database_that_runs_on_whatever_kills_the_scheduler_an
         let empty = copy.id(&copy.image);
         let restore = record["metadata"]["name"].as_str().unwrap().to_owned();
         copy.play(|| {
-            stage.apply(&record);
             let swap =
                 [Phase::Preparing, Phase::SettingAside, Phase::Placing, Phase::Bookkeeping, Phase::Starting];
-            let mut pending = HashSet::from(swap);
-            killer.kill_in(slice::from_ref(&restore), &mut pending);
-            assert!(pending.is_empty(), "the restore was over before it was seen in {pending:?}");
+            killer.kill_in(&swap, slice::from_ref(&restore), || stage.apply(&record));
             let status = copy.wait_over(&restore);
             copy.check_completed(&status);
             let safety = status.safety_image.unwrap();

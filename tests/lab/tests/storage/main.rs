@@ -10,6 +10,7 @@ mod images;
 mod into;
 mod kinds;
 mod lineage;
+mod linger;
 mod node;
 mod postgres;
 mod prune;

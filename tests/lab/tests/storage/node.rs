@@ -1,7 +1,6 @@
 //! A stand-in for the node of a database: it ends the server when its pod goes, and starts it on the volume when a pod is
 //! there again. And what tests of restores do with it.
 
-use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -19,10 +18,12 @@ use howdah_lab::testing::Process;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
+use crate::linger::Linger;
+
 /// Between two looks of the stand-in at its pod.
 const LOOK: Duration = Duration::from_millis(200);
-/// How far a scheduler goes between two looks at it: the shortest phase writes twice to the API server.
-const STEP: Duration = Duration::from_millis(4);
+/// Between two looks at the phase of a restore, which lingers in it for seconds.
+const STEP: Duration = Duration::from_millis(10);
 /// The phases of a swap that end in an effect.
 pub const SWAP_PHASES: [Phase; 10] = [
     Phase::Gating,
@@ -246,6 +247,7 @@ pub fn acknowledged(ledger: &Process) -> Vec<u32> {
 /// leads at once.
 pub struct Killer<'a> {
     stage: &'a Stage,
+    linger: Linger<'a>,
     scheduler: Process,
     /// Each listens on a port of its own: the last one's may be in use for a moment.
     port: u16,
@@ -254,32 +256,37 @@ pub struct Killer<'a> {
 impl<'a> Killer<'a> {
     pub fn new(stage: &'a Stage) -> Self {
         let port = 18081;
-        Self { stage, scheduler: stage.scheduler("scheduler-killed", port), port }
+        let scheduler = stage.scheduler("scheduler-killed", port);
+        Self { stage, linger: Linger::of_restores(stage), scheduler, port }
     }
 
-    /// Kills the scheduler whenever one of the restores is in a pending phase, and takes every phase that one of them was
-    /// in from the pending ones; until none is pending or the restores are over.
-    pub fn kill_in(&mut self, restores: &[String], pending: &mut HashSet<Phase>) {
+    /// Orders restores by `order` and kills the scheduler in each of these phases that one of them comes to; all have to be
+    /// come to.
+    pub fn kill_in(&mut self, phases: &[Phase], restores: &[String], order: impl FnOnce()) {
+        let mut pending = phases.to_vec();
+        self.linger.only_in(pending.iter().map(|phase| phase.as_str()));
+        order();
         let mut last = Instant::now();
         while !pending.is_empty() {
             assert!(last.elapsed() < RESTORE_LIMIT, "no restore came to {pending:?}");
-            // It stands still while it is looked where it is: on a busy machine a signal at the right moment comes too late.
-            self.scheduler.signal(Signal::SIGSTOP).unwrap();
-            let phases = self.stage.restore_phases(restores);
-            assert_eq!(phases.len(), restores.len(), "a record is missing");
-            if phases.iter().any(|phase| pending.contains(phase)) {
+            let now = self.stage.restore_phases(restores);
+            assert_eq!(now.len(), restores.len(), "a record is missing");
+            if now.iter().any(|phase| pending.contains(phase)) {
                 self.scheduler.signal(Signal::SIGKILL).unwrap();
                 assert!(self.scheduler.wait_gone(RESTORE_LIMIT));
-                pending.retain(|phase| !phases.contains(phase));
+                pending.retain(|phase| !now.contains(phase));
+                self.linger.only_in(pending.iter().map(|phase| phase.as_str()));
                 self.port += 1;
                 self.scheduler = self.stage.launch_scheduler("scheduler-killed", self.port);
                 last = Instant::now();
                 continue;
             }
-            self.scheduler.signal(Signal::SIGCONT).unwrap();
-            if phases.iter().all(|phase| phase.is_terminal()) {
-                return;
-            }
+            let over = now.iter().all(|phase| phase.is_terminal());
+            assert!(
+                !over,
+                "over before seen in {pending:?}: {:#?}",
+                restores.iter().map(|name| self.stage.restore(name))
+            );
             thread::sleep(STEP);
         }
     }

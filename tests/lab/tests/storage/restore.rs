@@ -1,7 +1,6 @@
 //! Restores of real databases, each in the place that it lies in.
 
 use howdah_lab::stage::{BACKUP_LIMIT, START_LIMIT, Stage};
-use std::collections::HashSet;
 use std::slice;
 use std::thread;
 use std::time::Duration;
@@ -15,10 +14,6 @@ use howdah_lab::storage::claim::wait_slowly;
 use serde_json::{Value, json};
 
 use crate::node::{Killer, Node, SWAP_PHASES, acknowledged};
-
-/// Pairs of restores until each phase was hit: one or two are enough, unless a phase goes by while the next scheduler
-/// starts.
-const ROUNDS_MAX: usize = 4;
 
 #[test]
 fn a_swap_under_load_holds_every_row_of_the_backup_and_is_undone_to_the_last_row() {
@@ -98,27 +93,19 @@ fn a_restore_ends_the_same_in_whatever_phase_its_scheduler_is_killed() {
                 node.sql("CREATE TABLE t AS SELECT 1 AS n");
                 node.back_up(&format!("{}-one", node.name));
                 node.sql("UPDATE t SET n = 2");
-                node.back_up(&format!("{}-two", node.name));
             }
-            let mut pending: HashSet<Phase> = SWAP_PHASES.into();
-            for round in 1.. {
-                assert!(round <= ROUNDS_MAX, "never seen in {pending:?}");
-                let (backup, wanted) = if round % 2 == 1 { ("one", "1") } else { ("two", "2") };
-                let restores = nodes.each_ref().map(|node| format!("{}-{round}", node.name));
+            let restores = nodes.each_ref().map(|node| format!("{}-restore", node.name));
+            killer.kill_in(&SWAP_PHASES, &restores, || {
                 for (node, restore) in nodes.iter().zip(&restores) {
-                    node.order(restore, json!({"to": format!("{}-{backup}", node.name)}));
+                    node.order(restore, json!({"to": format!("{}-one", node.name)}));
                 }
-                killer.kill_in(&restores, &mut pending);
-                for (node, restore) in nodes.iter().zip(&restores) {
-                    let status = node.wait_over(restore);
-                    node.check_completed(&status);
-                    assert_eq!(node.sql("SELECT n FROM t"), wanted, "{restore}");
-                    // The image in place, and one safety copy for each restore.
-                    assert_eq!(node.images().len(), round + 1, "{restore}: {:?}", node.images());
-                }
-                if pending.is_empty() {
-                    break;
-                }
+            });
+            for (node, restore) in nodes.iter().zip(&restores) {
+                let status = node.wait_over(restore);
+                node.check_completed(&status);
+                assert_eq!(node.sql("SELECT n FROM t"), "1", "{restore}");
+                // The image in place, and the safety copy.
+                assert_eq!(node.images().len(), 2, "{restore}: {:?}", node.images());
             }
             killer.end();
         });
@@ -137,10 +124,9 @@ fn a_rollback_is_completed_by_the_next_scheduler_and_can_be_undone() {
         for (i, phase) in [Phase::Safeguarding, Phase::RollingBack].into_iter().enumerate() {
             node.sql(&format!("UPDATE t SET n = {}", i + 2));
             let restore = format!("killed-in-{}", phase.as_str().to_lowercase());
-            node.order(&restore, json!({"to": "one", "method": "rollback"}));
-            let mut pending = HashSet::from([phase]);
-            killer.kill_in(slice::from_ref(&restore), &mut pending);
-            assert!(pending.is_empty(), "{restore} was over before it was seen in {phase:?}");
+            killer.kill_in(&[phase], slice::from_ref(&restore), || {
+                node.order(&restore, json!({"to": "one", "method": "rollback"}));
+            });
             let status = node.wait_over(&restore);
             node.check_completed(&status);
             assert_eq!(node.id(&node.image), backup.image.as_ref().unwrap().id);

@@ -11,6 +11,8 @@ use howdah_lab::testing::Process;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
+use crate::linger::Linger;
+
 /// What the server writes when a session in backup mode ends (PostgreSQL: `do_pg_abort_backup`).
 const ABORTED: &str = "aborting backup due to backend exiting before pg_backup_stop was called";
 /// As often as the scheduler can: a slot that falls into a backup is skipped.
@@ -83,6 +85,7 @@ fn a_scheduler_killed_inside_a_backup_leaves_nothing_and_the_next_one_finishes_i
     stage.grant();
     let database = stage.database("db", json!({}));
     let mut scheduler = stage.scheduler("scheduler-a", 18081);
+    let linger = Linger::of_backups(&stage);
     for (i, (phase, next)) in [
         // A container that is restarted bears its pod's name and takes its own lease at once...
         (Phase::StartingBackupMode, "scheduler-a"),
@@ -95,9 +98,11 @@ fn a_scheduler_killed_inside_a_backup_leaves_nothing_and_the_next_one_finishes_i
     .enumerate()
     {
         let backup = format!("by-hand-{i}");
+        linger.only_in([phase.as_str()]);
         database.order(&backup, None);
         stage.wait_phase(&backup, phase);
         scheduler.signal(Signal::SIGKILL).unwrap();
+        linger.only_in([]);
         assert!(wait_until(START_LIMIT, || database.sessions() == "0"), "backup mode outlived the scheduler");
 
         scheduler = stage.scheduler(next, 18082);

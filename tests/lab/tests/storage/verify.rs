@@ -17,16 +17,15 @@ use howdah_lab::postgres::DEBIAN_MAJOR;
 use howdah_lab::process::wait_until;
 use howdah_lab::stage::{LEAD_LIMIT, Stage};
 use howdah_lab::storage::claim::wait_slowly;
-use howdah_lab::testing::Process;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+
+use crate::linger::Linger;
 
 /// A drill of a small database takes some twenty seconds.
 const DRILL_LIMIT: Duration = Duration::from_secs(240);
 /// Where Debian keeps the programs of a server.
 const PROGRAMS: &str = "/usr/lib/postgresql";
-/// Between two looks at what the scheduler has made.
-const LOOK: Duration = Duration::from_millis(200);
 
 /// A stage whose drills are played.
 struct Drills(Stage);
@@ -240,6 +239,7 @@ fn a_drill_ends_the_same_in_whatever_phase_its_scheduler_is_killed() {
     stage.grant();
     let database = stage.database("db", json!({}));
     let mut scheduler = stage.scheduler("scheduler-0", 18081);
+    let linger = Linger::of_drills(&stage);
     database.sql("CREATE TABLE t AS SELECT generate_series(1, 10) AS n");
     database.order("one", Some("crash"));
     stage.wait_over("one");
@@ -252,6 +252,7 @@ fn a_drill_ends_the_same_in_whatever_phase_its_scheduler_is_killed() {
     ];
     for (i, phase) in phases.into_iter().enumerate() {
         let token = phase.as_str().to_lowercase();
+        linger.only_in([phase.as_str()]);
         stage.ask("one", &token);
         let of_this = |drill: &VerifyStatus| drill.asked.as_deref() == Some(token.as_str());
         let late = matches!(phase, verify::Phase::Removing | verify::Phase::Recording);
@@ -264,16 +265,14 @@ fn a_drill_ends_the_same_in_whatever_phase_its_scheduler_is_killed() {
             if of_this(&drill) {
                 seen = drill.phase;
             }
-            let passed = of_this(&drill) && drill.phase.is_terminal();
-            let there = of_this(&drill) && drill.phase == phase;
-            if !there && !passed {
-                std::thread::sleep(LOOK / 10);
-            }
-            there || passed
+            seen == phase || seen.is_terminal()
         });
-        assert!(reached, "it did not come to {phase:?}: {seen:?}\n{}", scheduler.output().unwrap());
-        eprintln!("killed in {seen:?}, wanted {phase:?}");
-        scheduler = kill(&stage, scheduler, i);
+        assert!(reached && seen == phase, "{seen:?} and not {phase:?}\n{}", scheduler.output().unwrap());
+        scheduler.signal(Signal::SIGKILL).unwrap();
+        assert!(scheduler.wait_gone(LEAD_LIMIT));
+        linger.only_in([]);
+        // The same name: what it leased is its own.
+        scheduler = stage.scheduler("scheduler-0", 18082 + u16::try_from(i).unwrap());
         if !late {
             stage.play_drill("one", &Tools::Alpine);
         }
@@ -302,12 +301,4 @@ fn a_drill_ends_the_same_in_whatever_phase_its_scheduler_is_killed() {
     stage.nothing_left("one");
     stage.nothing_named(&lost);
     scheduler.stop().unwrap();
-}
-
-/// Kills a scheduler and starts the next one.
-fn kill(stage: &Stage, mut scheduler: Process, number: usize) -> Process {
-    scheduler.signal(Signal::SIGKILL).unwrap();
-    assert!(scheduler.wait_gone(LEAD_LIMIT));
-    // The same name: what it leased is its own.
-    stage.scheduler("scheduler-0", 18082 + u16::try_from(number).unwrap())
 }
