@@ -9,6 +9,7 @@
 mod restores;
 mod venues;
 
+use std::fmt::Debug;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
@@ -32,8 +33,9 @@ use howdah_adapters::records::PostgresBackup;
 use howdah_core::backup::{BackupStatus, Phase};
 use kube::api::ListParams;
 use kube::runtime::{WatchStreamExt as _, watcher};
-use kube::{Api, Client};
+use kube::{Api, Client, Resource};
 use nix::sys::signal::Signal;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
@@ -238,20 +240,26 @@ impl Stage {
 
     /// Waits until the record of a backup shows `phase`, and returns at that moment.
     pub fn wait_phase(&self, backup: &str, phase: Phase) {
+        self.wait_record(self.records(), backup, BACKUP_LIMIT, |record| {
+            let now = record.status.as_ref().map(|status| status.phase).unwrap_or_default();
+            assert!(now == phase || !now.is_terminal(), "{backup} is over before it was seen in {phase:?}");
+            now == phase
+        });
+    }
+
+    /// Waits until a record is so, and returns at that moment.
+    fn wait_record<K>(&self, records: Api<K>, name: &str, limit: Duration, so: impl Fn(&K) -> bool)
+    where
+        K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
+    {
         self.runtime.block_on(async {
-            let only = watcher::Config::default().fields(&format!("metadata.name={backup}"));
-            let stream = watcher(self.records(), only).applied_objects();
+            let only = watcher::Config::default().fields(&format!("metadata.name={name}"));
+            let stream = watcher(records, only).default_backoff().applied_objects();
             pin_mut!(stream);
-            let reached = async {
-                while let Some(Ok(found)) = stream.next().await {
-                    let now = found.status.unwrap_or_default().phase;
-                    if now == phase {
-                        return;
-                    }
-                    assert!(!now.is_terminal(), "{backup} is over before it was seen in {phase:?}");
-                }
-            };
-            tokio::time::timeout(BACKUP_LIMIT, reached).await.unwrap();
+            // An error is of an API server that is away; the watcher asks again.
+            let reached = async { while !stream.next().await.unwrap().is_ok_and(|record| so(&record)) {} };
+            let waited = tokio::time::timeout(limit, reached).await;
+            assert!(waited.is_ok(), "{name} did not become what was waited for in {limit:?}");
         });
     }
 

@@ -2,13 +2,11 @@
 
 use std::time::Duration;
 
-use futures::{StreamExt as _, pin_mut};
 use howdah_adapters::kubernetes::find;
 use howdah_adapters::records::PostgresRestore;
 use howdah_core::restore::{Phase, RestoreStatus};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::ListParams;
-use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, ResourceExt as _};
 
 use super::Stage;
@@ -34,18 +32,8 @@ impl Stage {
 
     /// Waits until a restore's status is so, and returns at that moment.
     pub fn wait_restore(&self, restore: &str, so: impl Fn(&RestoreStatus) -> bool) {
-        self.runtime.block_on(async {
-            let only = watcher::Config::default().fields(&format!("metadata.name={restore}"));
-            let stream = watcher(self.restores(), only).applied_objects();
-            pin_mut!(stream);
-            let reached = async {
-                while let Some(Ok(found)) = stream.next().await {
-                    if so(&found.status.unwrap_or_default()) {
-                        return;
-                    }
-                }
-            };
-            tokio::time::timeout(RESTORE_LIMIT, reached).await.unwrap();
+        self.wait_record(self.restores(), restore, RESTORE_LIMIT, |record| {
+            so(&record.status.clone().unwrap_or_default())
         });
     }
 
