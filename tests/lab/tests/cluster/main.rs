@@ -9,10 +9,10 @@ use howdah_lab::testing::shared_name;
 
 mod backup;
 mod drain;
+mod drills;
 mod installed;
 mod restore;
 mod storage;
-mod verify;
 
 /// Nodes of the cluster that the tests of this binary share: a majority outlives one.
 const NODES: u8 = 3;

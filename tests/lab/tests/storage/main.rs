@@ -4,6 +4,7 @@
 
 mod catalog;
 mod ceph;
+mod drills;
 mod faults;
 mod gate;
 mod images;
@@ -17,5 +18,4 @@ mod prune;
 mod restore;
 mod scheduler;
 mod server;
-mod verify;
 mod versions;
