@@ -15,6 +15,9 @@ use crate::policy::{
     self, Claim, ClusterFacts, Config, Effect, Outcome, Request, StorageClass, Target, Volume, json as raw,
 };
 
+/// The group of OpenShift's Templates.
+const TEMPLATES: &str = "template.openshift.io";
+
 /// A manifest, and where in its document it stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
@@ -36,7 +39,8 @@ pub struct Unreadable {
 /// The objects of a document: the items of a List, one by one, or the document itself. An empty document has none.
 ///
 /// # Errors
-/// If an object names a kind and no version of the API or the other way round, or an item is no object.
+/// If an object names a kind and no version of the API or the other way round, or an item is no object; and if a protected
+/// set is in an OpenShift Template, of which nobody but OpenShift makes objects.
 pub fn manifests(document: Value) -> Result<Vec<Manifest>, Unreadable> {
     let mut found = Vec::new();
     unfold(document, String::new(), &mut found)?;
@@ -53,6 +57,9 @@ fn unfold(object: Value, path: String, found: &mut Vec<Manifest>) -> Result<(), 
         (Some(_), None) => return Err(absent("apiVersion", &path)),
         (None, Some(_)) => return Err(absent("kind", &path)),
         _ => {}
+    }
+    if kind.as_deref() == Some("Template") && group(&object) == Some(TEMPLATES) {
+        template(&object, &path)?;
     }
     let Some(item_kind) = kind.as_deref().and_then(|kind| kind.strip_suffix("List")) else {
         found.push(Manifest { path, object });
@@ -77,6 +84,27 @@ fn unfold(object: Value, path: String, found: &mut Vec<Manifest>) -> Result<(), 
         unfold(item, path, found)?;
     }
     Ok(())
+}
+
+/// Looks for what is to be protected in an OpenShift Template. Its parameters stand in the place of numbers and names until
+/// `oc` fills them in, so nothing in it can be judged.
+fn template(object: &Value, path: &str) -> Result<(), Unreadable> {
+    let objects = raw::at(object, &["objects"]).and_then(Value::as_array);
+    let protected = |object: &Value| matches!(sort(object), Sort::Protected | Sort::Mislabelled);
+    match objects.into_iter().flatten().position(protected) {
+        None => Ok(()),
+        Some(i) => Err(Unreadable {
+            field: join(path, &format!("objects[{i}]")),
+            problem: "it is in an OpenShift Template, whose parameters are not filled in: lint what \
+                `oc process --local -f FILE` prints"
+                .to_owned(),
+        }),
+    }
+}
+
+/// The group of an object's API.
+fn group(object: &Value) -> Option<&str> {
+    raw::string(object, &["apiVersion"]).and_then(|version| version.split('/').next())
 }
 
 fn text_of(object: &Value, field: &str, path: &str) -> Result<Option<String>, Unreadable> {
@@ -123,8 +151,7 @@ pub fn sort(object: &Value) -> Sort {
     if let Some(target) = dependent(object) {
         return Sort::Dependent(target);
     }
-    let group = raw::string(object, &["apiVersion"]).and_then(|version| version.split('/').next());
-    if raw::string(object, &["kind"]) != Some("StatefulSet") || group != Some("apps") {
+    if raw::string(object, &["kind"]) != Some("StatefulSet") || group(object) != Some("apps") {
         return Sort::Other;
     }
     match raw::at(object, &["metadata", "labels", names::PROTECT_LABEL]) {
@@ -329,6 +356,19 @@ mod tests {
     fn lint(object: &Value, known: &Known) -> Vec<(&'static str, &'static str)> {
         let judged = judge(object, "default", known, &Config::default(), now());
         judged.outcomes.iter().map(|outcome| (outcome.rule.id, outcome.effect.as_str())).collect()
+    }
+
+    #[test]
+    fn a_protected_set_in_a_template_is_not_passed_over() {
+        let template = |objects: Value| json!({"apiVersion": "template.openshift.io/v1", "kind": "Template", "objects": objects});
+        let mut plain = set();
+        plain["metadata"]["labels"] = json!({});
+        assert_eq!(manifests(template(json!([plain]))).unwrap().len(), 1);
+        let mut parametrised = set();
+        parametrised["spec"]["replicas"] = json!("${{REPLICAS}}");
+        let unreadable = manifests(template(json!([plain, parametrised]))).unwrap_err();
+        assert_eq!(unreadable.field, "objects[1]");
+        assert!(unreadable.problem.contains("oc process"), "{}", unreadable.problem);
     }
 
     #[test]

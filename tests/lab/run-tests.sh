@@ -66,9 +66,9 @@ fi
 build=
 # The scheduler that the storage tests share runs on; it would lead in the place of the one in the cluster.
 down
-"$lab" up --nodes 3
-run "cluster level (three nodes, howdah installed)" --test cluster -- --test-threads="$threads"
-# These break nodes, so nothing else may use them meanwhile.
+"$lab" up --nodes 2
+run "cluster level (two nodes, howdah installed)" --test cluster -- --test-threads="$threads"
+# These break nodes, so nothing else may use them meanwhile. They bring up a third one.
 run "broken nodes" --test nodes -- --test-threads=1
 down
 run "the lab itself" --test lab -- --test-threads=1
