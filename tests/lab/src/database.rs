@@ -1,12 +1,14 @@
 //! A protected database that runs on the nodes, as a user would have it: for tests.
 
+use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use howdah_adapters::records::PostgresBackup;
 use howdah_core::backup::{BackupStatus, Phase};
 use kube::ResourceExt as _;
-use serde_json::Value;
+use serde::Deserialize as _;
+use serde_json::{Value, json};
 
 use crate::demo::load;
 use crate::lab::Lab;
@@ -21,7 +23,17 @@ pub const START_LIMIT: &str = "--timeout=420s";
 pub const BACKUP_LIMIT: Duration = Duration::from_secs(480);
 /// Rows that must come along.
 pub const ROWS: u64 = 1000;
+/// A label of the pods of a database that may be moved; its value is `true`.
+pub const MOVES: &str = "howdah.test/moves";
+/// A taint that moves no other pod of the tests.
+pub const MOVE_TAINT: &str = "howdah.test/move";
 const SCHEDULE: &str = "howdah.dev/schedule=*/30 * * * * *";
+
+/// What a pod tolerates that is not to be moved by [`MOVE_TAINT`].
+#[must_use]
+pub fn stays() -> Value {
+    json!([{"key": MOVE_TAINT, "operator": "Exists", "effect": "NoExecute"}])
+}
 
 /// The database of deploy/examples/postgres.yaml, in a namespace of its own.
 #[derive(Debug)]
@@ -33,12 +45,34 @@ pub struct Database {
 }
 
 impl Database {
-    /// Applies it to a lab in which howdah is installed, and waits until it is Ready.
+    /// Applies it to a lab in which howdah is installed, and waits until it is Ready. Others that move their databases
+    /// leave it where it is.
     pub fn start(lab: Lab) -> Result<Self> {
+        Self::start_with(lab, |template| template["spec"]["tolerations"] = stays())
+    }
+
+    /// The same of one that is moved, by drains of what bears [`MOVES`] and by [`MOVE_TAINT`].
+    pub fn start_to_move(lab: Lab) -> Result<Self> {
+        Self::start_with(lab, |template| template["metadata"]["labels"][MOVES] = json!("true"))
+    }
+
+    fn start_with(lab: Lab, change: impl Fn(&mut Value)) -> Result<Self> {
         let namespace = lab.namespace("backup")?;
         let database = Self { lab, namespace };
         let manifest = repository::root().join("deploy/examples/postgres.yaml");
-        database.kubectl(&["apply", "-f", manifest.to_str().context("write the path as text")?])?;
+        let text = fs::read_to_string(&manifest).with_context(|| format!("read {}", manifest.display()))?;
+        let mut objects = Vec::new();
+        for document in serde_yaml_ng::Deserializer::from_str(&text) {
+            let mut object = Value::deserialize(document)?;
+            if object["kind"] == "StatefulSet" {
+                change(&mut object["spec"]["template"]);
+            }
+            objects.push(object);
+        }
+        let list = json!({"apiVersion": "v1", "kind": "List", "items": objects});
+        let apply = ["-n", database.namespace.name(), "apply", "-f", "-"];
+        let applied = database.lab.kubectl_with_input(&apply, &list.to_string())?;
+        ensure!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
         // Nothing is backed up before the test says so.
         database.annotate(&["howdah.dev/suspend=true", SCHEDULE, "howdah.dev/retention=last=2"])?;
         database.kubectl(&["rollout", "status", "statefulset/db", START_LIMIT])?;

@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use howdah_core::annotations::Consistency;
 use howdah_core::backup::BackupStatus;
-use howdah_lab::database::{BACKUP_LIMIT, Database, START_LIMIT};
+use howdah_lab::database::{self, BACKUP_LIMIT, Database, START_LIMIT};
 use howdah_lab::demo::load::{self, Load};
 use howdah_lab::storage::claim::wait_slowly;
 use serde_json::{Value, json};
@@ -53,7 +53,7 @@ impl<'a> Restored<'a> {
                 "spec": {"accessModes": ["ReadWriteOnce"], "storageClassName": "", "volumeName": name,
                     "resources": {"requests": {"storage": "1Gi"}}}},
             {"apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": namespace, "name": name}, "spec": {
-                "securityContext": {"fsGroup": 999}, "terminationGracePeriodSeconds": 1,
+                "securityContext": {"fsGroup": 999}, "terminationGracePeriodSeconds": 1, "tolerations": database::stays(),
                 "containers": [{"name": "postgres", "image": "docker.io/library/postgres:15",
                     "imagePullPolicy": "IfNotPresent",
                     "env": [{"name": "PGDATA", "value": "/var/lib/postgresql/data/pgdata"}],

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use howdah_core::backup::Phase;
-use howdah_lab::database::{BACKUP_LIMIT, Database, START_LIMIT};
+use howdah_lab::database::{BACKUP_LIMIT, Database, MOVE_TAINT, MOVES, START_LIMIT};
 use howdah_lab::lab::Lab;
 use howdah_lab::process::{self, Identity};
 use howdah_lab::storage::claim::wait_slowly;
@@ -34,7 +34,8 @@ struct Node<'a> {
 
 impl Drop for Node<'_> {
     fn drop(&mut self) {
-        for args in [&["uncordon", &self.name][..], &["taint", "node", &self.name, "howdah.test/move-"]] {
+        for args in [&["uncordon", &self.name][..], &["taint", "node", &self.name, &format!("{MOVE_TAINT}-")]]
+        {
             // It may carry no taint; there is nobody to tell.
             let _ = self.lab.kubectl_ok(args);
         }
@@ -94,7 +95,7 @@ fn drain_in_a_backup(database: &Database) -> Result<bool> {
     database.wait("a backup in its middle", || held(database))?;
     let paused = Paused::now(&database.lab)?;
     let mut drain = database.lab.command(database.lab.path("bin/kubectl"));
-    drain.args(["drain", &node.name, "--pod-selector=howdah.dev/protect=true", DRAIN_LIMIT]);
+    drain.args(["drain", &node.name, &format!("--pod-selector={MOVES}=true"), DRAIN_LIMIT]);
     let mut drain = drain.stdin(Stdio::null()).spawn().context("run kubectl drain")?;
     // kubectl's client tries a 429 again by itself, ten times, before kubectl says a word; the denial is an Event, too.
     let waited =
@@ -109,7 +110,7 @@ fn drain_in_a_backup(database: &Database) -> Result<bool> {
 
 #[test]
 fn a_drain_waits_for_a_backup_and_nothing_but_force_is_stopped() -> Result<()> {
-    let database = Database::start(lab()?)?;
+    let database = Database::start_to_move(lab()?)?;
     database.keep_rows()?;
 
     let forced = database.kubectl(&["delete", "pod", "db-0", "--force", "--grace-period=0"]);
@@ -130,7 +131,7 @@ fn a_drain_waits_for_a_backup_and_nothing_but_force_is_stopped() -> Result<()> {
     database.wait("no open backup", || {
         Ok(database.backups()?.iter().all(|(_, status)| status.phase.is_terminal()))
     })?;
-    database.lab.kubectl_ok(&["taint", "node", &node.name, "howdah.test/move=now:NoExecute"])?;
+    database.lab.kubectl_ok(&["taint", "node", &node.name, &format!("{MOVE_TAINT}=now:NoExecute")])?;
     moved(&database, &node.name)?;
     drop(node);
 
