@@ -1,13 +1,11 @@
 //! A protected database that runs on the nodes, as a user would have it: for tests.
 
-use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use howdah_adapters::records::PostgresBackup;
 use howdah_core::backup::{BackupStatus, Phase};
 use kube::ResourceExt as _;
-use serde::Deserialize as _;
 use serde_json::{Value, json};
 
 use crate::demo::load;
@@ -59,16 +57,9 @@ impl Database {
     fn start_with(lab: Lab, change: impl Fn(&mut Value)) -> Result<Self> {
         let namespace = lab.namespace("backup")?;
         let database = Self { lab, namespace };
-        let manifest = repository::root().join("deploy/examples/postgres.yaml");
-        let text = fs::read_to_string(&manifest).with_context(|| format!("read {}", manifest.display()))?;
-        let mut objects = Vec::new();
-        for document in serde_yaml_ng::Deserializer::from_str(&text) {
-            let mut object = Value::deserialize(document)?;
-            if object["kind"] == "StatefulSet" {
-                change(&mut object["spec"]["template"]);
-            }
-            objects.push(object);
-        }
+        let mut objects = repository::documents("deploy/examples/postgres.yaml")?;
+        let sets = objects.iter_mut().filter(|object| object["kind"] == "StatefulSet");
+        sets.for_each(|set| change(&mut set["spec"]["template"]));
         let list = json!({"apiVersion": "v1", "kind": "List", "items": objects});
         let apply = ["-n", database.namespace.name(), "apply", "-f", "-"];
         let applied = database.lab.kubectl_with_input(&apply, &list.to_string())?;

@@ -1,7 +1,6 @@
 //! A client that posts reviews as an API server does: HTTP/1.1 over TLS, over a connection that is kept or a new one.
 //! And what the webhook that answers them is installed with.
 
-use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -12,8 +11,6 @@ use rustls::client::Resumption;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, StreamOwned};
-use serde::Deserialize as _;
-use serde_json::Value;
 
 use crate::repository;
 
@@ -141,16 +138,14 @@ impl Connection {
 /// # Errors
 /// If deploy/base/webhook-deployment.yaml cannot be read, or sets none.
 pub fn environment() -> Result<Vec<(String, String)>> {
-    let path = repository::root().join("deploy/base/webhook-deployment.yaml");
-    let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    let file = "deploy/base/webhook-deployment.yaml";
     let mut found = Vec::new();
-    for document in serde_yaml_ng::Deserializer::from_str(&text) {
-        let object = Value::deserialize(document).context("read the webhook's Deployment")?;
+    for object in repository::documents(file)? {
         let variables = object["spec"]["template"]["spec"]["containers"][0]["env"].as_array();
         found.extend(variables.into_iter().flatten().filter_map(|variable| {
             Some((variable["name"].as_str()?.to_owned(), variable["value"].as_str()?.to_owned()))
         }));
     }
-    ensure!(!found.is_empty(), "find the variables of the webhook in {}: it sets none", path.display());
+    ensure!(!found.is_empty(), "find the variables of the webhook in {file}: it sets none");
     Ok(found)
 }
