@@ -40,9 +40,9 @@ lint: $(CARGO_DENY) ## Formatting, clippy with warnings denied, dependency polic
 	cargo fetch --locked --quiet
 	$(CARGO_DENY) --offline check --hide-inclusion-graph bans licenses sources
 
-# Not optimized: it runs for seconds, and would be compiled for minutes.
+# Not optimized and not to be debugged: it runs for seconds, and would be compiled for minutes.
 $(CARGO_DENY):
-	cargo install --debug --locked --root $(HOWDAH_CACHE)/cargo-tools/cargo-deny-$(CARGO_DENY_VERSION) cargo-deny@$(CARGO_DENY_VERSION)
+	CARGO_PROFILE_DEV_DEBUG=false cargo install --debug --locked --root $(HOWDAH_CACHE)/cargo-tools/cargo-deny-$(CARGO_DENY_VERSION) cargo-deny@$(CARGO_DENY_VERSION)
 
 # Always the whole workspace, and a filter on targets: with `-p` cargo would choose other features for
 # foreign crates and compile them a second time.

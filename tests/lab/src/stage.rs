@@ -188,6 +188,10 @@ impl Stage {
         command.args(["--listen", &format!("127.0.0.1:{port}"), "--identity", name, "--wake-seconds", "1"]);
         more(&mut command);
         command.env_remove("POD_NAMESPACE").env_remove("POD_NAME");
+        // A scheduler that is killed leaves its key behind: with the lab that goes, too.
+        let temporary = self.lab.path("tmp");
+        fs::create_dir_all(&temporary).unwrap();
+        command.env("TMPDIR", temporary);
         self.lab.spawn_inside(name, &command).unwrap()
     }
 

@@ -34,36 +34,35 @@ fn wait_for(database: &Database, resource: &str, end: &str) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn a_pod_comes_back_on_the_restored_volume_and_on_the_old_one_after_the_undo() -> Result<()> {
-    let database = Database::start(lab()?)?;
-    database.sql("db-0", "CREATE TABLE t AS SELECT 1 AS n")?;
-    operate(&database, "PostgresBackup", "one", json!({"statefulSet": "db"}), "Taken")?;
-    database.sql("db-0", "UPDATE t SET n = 2")?;
-    operate(&database, "PostgresRestore", "back", json!({"statefulSet": "db", "to": "one"}), "Completed")?;
-    ensure!(database.sql("db-0", "SELECT n FROM t")? == "1", "the backup is not in place");
-    operate(&database, "PostgresRestore", "undo", json!({"statefulSet": "db", "undo": "back"}), "Completed")?;
-    ensure!(database.sql("db-0", "SELECT n FROM t")? == "2", "what was there before is not in place");
-    Ok(())
-}
-
-#[test]
-fn a_copy_that_the_command_makes_runs_in_a_pod_of_its_own_beside_the_original() -> Result<()> {
-    let database = Database::start(lab()?)?;
-    database.sql("db-0", "CREATE TABLE t AS SELECT 1 AS n")?;
-    operate(&database, "PostgresBackup", "one", json!({"statefulSet": "db"}), "Taken")?;
-    database.sql("db-0", "UPDATE t SET n = 2")?;
+/// Orders a copy of the backup `one` by the command, and waits until it is there.
+fn copy(database: &Database, name: &str) -> Result<()> {
     let test = std::env::current_exe().context("find this test")?;
     let command =
         test.ancestors().nth(2).context("find the folder of what was built")?.join("kubectl-howdah");
     ensure!(command.is_file(), "there is no {}: run `cargo build --workspace --bins`", command.display());
     let mut command = database.lab.command(command);
     command.arg("--kubeconfig").arg(database.lab.inside_kubeconfig()).args(["restore", "db", "--to", "one"]);
-    let target = ["--into", "db-copy", "-n", database.namespace.name()];
+    let target = ["--into", name, "-n", database.namespace.name()];
     database.lab.output_inside(command.args(target))?;
-    let name = database.kubectl(&["get", "pgr", "-o", "jsonpath={.items[0].metadata.name}"])?;
-    wait_for(&database, &format!("pgr/{name}"), "Completed")?;
+    let order = database.kubectl(&["get", "pgr", "-o", "jsonpath={.items[0].metadata.name}"])?;
+    wait_for(database, &format!("pgr/{order}"), "Completed")
+}
+
+/// One test, because a database takes a minute of both processors to start.
+#[test]
+fn a_backup_comes_back_beside_the_original_and_in_its_place_and_an_undo_takes_it_away_again() -> Result<()> {
+    let database = Database::start(lab()?)?;
+    database.sql("db-0", "CREATE TABLE t AS SELECT 1 AS n")?;
+    operate(&database, "PostgresBackup", "one", json!({"statefulSet": "db"}), "Taken")?;
+    database.sql("db-0", "UPDATE t SET n = 2")?;
+
+    copy(&database, "db-copy")?;
     ensure!(database.sql("db-copy-0", "SELECT n FROM t")? == "1", "the copy is not of the backup");
     ensure!(database.sql("db-0", "SELECT n FROM t")? == "2", "the original was touched");
+
+    operate(&database, "PostgresRestore", "back", json!({"statefulSet": "db", "to": "one"}), "Completed")?;
+    ensure!(database.sql("db-0", "SELECT n FROM t")? == "1", "the backup is not in place");
+    operate(&database, "PostgresRestore", "undo", json!({"statefulSet": "db", "undo": "back"}), "Completed")?;
+    ensure!(database.sql("db-0", "SELECT n FROM t")? == "2", "what was there before is not in place");
     Ok(())
 }

@@ -1,9 +1,10 @@
 //! The switches that break a node do what a broken node, or a broken network, does; what later tests of failover
-//! stand on. A binary of its own, because no other test may use the nodes meanwhile.
+//! stand on. A binary of its own, because no other test may use the nodes meanwhile. Each takes a node for itself, so that
+//! two can wait at a time: breaking a node is mostly waiting.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics, in its helpers too")]
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,33 +17,65 @@ use howdah_lab::testing::{TempNamespace, shared_name};
 
 mod shutdown;
 
-/// The node that is broken. Any lab has it.
-const NODE: u8 = 1;
+/// howdah as installed wants a majority that outlives one.
+const NODES: u8 = 3;
+/// The nodes that are broken, each by one test at a time.
+const BREAKABLE: [u8; 2] = [1, 2];
+/// Whether a test has the node of that place in [`BREAKABLE`]. A test that failed has mended its node all the same.
+static TAKEN: [Mutex<()>; BREAKABLE.len()] = [const { Mutex::new(()) }; BREAKABLE.len()];
+/// Longer than all other tests together may take: a node that never comes free is a failure.
+const TURN_LIMIT: Duration = Duration::from_secs(1500);
 /// A node is declared dead after ten seconds, and declared alive at its next lease; the rest is for a machine
 /// that does much else.
 const NOTICE_LIMIT: Duration = Duration::from_secs(180);
 /// A pod runs some five seconds after it was created, alone.
 const POD_LIMIT: Duration = Duration::from_secs(240);
 
-/// Tests that break nodes, or need all of them whole, take turns.
-fn alone() -> MutexGuard<'static, ()> {
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    // A test that failed has mended its node all the same.
-    ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
+/// A node's turn, until this is dropped.
+type Turn = MutexGuard<'static, ()>;
+
+/// Takes a node that no other test has.
+fn take() -> (u8, Turn) {
+    let mut taken = None;
+    let free = || {
+        taken = BREAKABLE.iter().zip(&TAKEN).find_map(|(node, turn)| match turn.try_lock() {
+            Ok(turn) => Some((*node, turn)),
+            Err(TryLockError::Poisoned(failed)) => Some((*node, failed.into_inner())),
+            Err(TryLockError::WouldBlock) => None,
+        });
+        taken.is_some()
+    };
+    assert!(wait_until(TURN_LIMIT, free), "no node came free");
+    taken.unwrap()
+}
+
+/// The shared lab. It is brought up once: `up` mends what is broken, and another test may have broken its node by then.
+fn lab() -> Lab {
+    static DONE: Mutex<bool> = Mutex::new(false);
+    let mut done = DONE.lock().unwrap_or_else(PoisonError::into_inner);
+    if !*done {
+        Lab::open_or_up(&shared_name(), NODES).unwrap();
+        *done = true;
+    }
+    Lab::named(&shared_name()).unwrap()
+}
+
+/// Takes all nodes: no test breaks one meanwhile.
+fn take_all() -> Vec<Turn> {
+    TAKEN.iter().map(|turn| turn.lock().unwrap_or_else(PoisonError::into_inner)).collect()
 }
 
 /// A node that is whole again at the end, whatever the test did to it.
 struct Victim {
     lab: Lab,
     node: Node,
-    _alone: MutexGuard<'static, ()>,
+    _turns: Vec<Turn>,
 }
 
 impl Victim {
     fn take() -> Self {
-        let alone = alone();
-        let lab = Lab::open_or_up(&shared_name(), NODE).unwrap();
-        Self { lab, node: Node::numbered(NODE).unwrap(), _alone: alone }
+        let (number, turn) = take();
+        Self { lab: lab(), node: Node::numbered(number).unwrap(), _turns: vec![turn] }
     }
 
     fn is_ready(&self) -> bool {

@@ -7,17 +7,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use howdah_lab::database::{Database, START_LIMIT};
 use howdah_lab::install;
-use howdah_lab::lab::Lab;
 use howdah_lab::node::Node;
 use howdah_lab::node::faults;
 use howdah_lab::node::vm::{self, State};
 use howdah_lab::process::wait_until;
-use howdah_lab::testing::shared_name;
 
-use crate::{Victim, alone};
+use crate::{Victim, lab, take_all};
 
-/// howdah as installed wants a majority that outlives one.
-const NODES: u8 = 3;
 /// The kubelet may take 50 s (images/node/kubelet.yaml), then init ends what is left.
 const OFF_LIMIT: Duration = Duration::from_secs(150);
 /// What the kubelet says last.
@@ -25,14 +21,14 @@ const COMPLETED: &str = "Shutdown manager completed processing shutdown event";
 
 #[test]
 fn a_node_that_is_shut_down_ends_its_database_in_order_and_howdah_lets_it() -> Result<()> {
-    let alone = alone();
-    let lab = Lab::open_or_up(&shared_name(), NODES)?;
+    let turns = take_all();
+    let lab = lab();
     install::install(&lab)?;
     let database = Database::start(lab.clone())?;
     database.keep_rows()?;
     let uid = || database.kubectl(&["get", "pod", "db-0", "-o", "jsonpath={.metadata.uid}"]);
     let before = uid()?;
-    let victim = Victim { lab, node: Node::named(&database.node()?)?, _alone: alone };
+    let victim = Victim { lab, node: Node::named(&database.node()?)?, _turns: turns };
     let log = victim.lab.path("logs").join(format!("{}.kubelet.log", victim.node.name()));
     let kubelet = || fs::read(&log).with_context(|| format!("read {}", log.display()));
     let from = kubelet()?.len();

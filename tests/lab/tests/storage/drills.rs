@@ -270,6 +270,7 @@ fn a_drill_ends_the_same_in_whatever_phase_its_scheduler_is_killed() {
         assert!(reached && seen == phase, "{seen:?} and not {phase:?}\n{}", scheduler.output().unwrap());
         scheduler.signal(Signal::SIGKILL).unwrap();
         assert!(scheduler.wait_gone(LEAD_LIMIT));
+        assert_eq!(stage.drill("one").phase, phase, "it ended its phase");
         linger.only_in([]);
         // The same name: what it leased is its own.
         scheduler = stage.scheduler("scheduler-0", 18082 + u16::try_from(i).unwrap());

@@ -274,6 +274,9 @@ impl<'a> Killer<'a> {
             if now.iter().any(|phase| pending.contains(phase)) {
                 self.scheduler.signal(Signal::SIGKILL).unwrap();
                 assert!(self.scheduler.wait_gone(RESTORE_LIMIT));
+                let killed = self.stage.restore_phases(restores);
+                let late: Vec<_> = now.iter().zip(&killed).filter(|(seen, end)| seen != end).collect();
+                assert!(!late.iter().any(|(seen, _)| pending.contains(seen)), "it ended its phase: {late:?}");
                 pending.retain(|phase| !now.contains(phase));
                 self.linger.only_in(pending.iter().map(|phase| phase.as_str()));
                 self.port += 1;

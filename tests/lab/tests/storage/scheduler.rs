@@ -102,6 +102,8 @@ fn a_scheduler_killed_inside_a_backup_leaves_nothing_and_the_next_one_finishes_i
         database.order(&backup, None);
         stage.wait_phase(&backup, phase);
         scheduler.signal(Signal::SIGKILL).unwrap();
+        assert!(scheduler.wait_gone(LEAD_LIMIT));
+        assert_eq!(stage.status(&backup).phase, phase, "it ended its phase");
         linger.only_in([]);
         assert!(wait_until(START_LIMIT, || database.sessions() == "0"), "backup mode outlived the scheduler");
 
