@@ -7,7 +7,8 @@ mod report;
 use std::fs::File;
 use std::io::Write as _;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
@@ -18,7 +19,7 @@ use howdah_lab::process::wait_until;
 use howdah_lab::stage::{Database, RESTORE_LIMIT, Stage};
 use serde_json::json;
 
-use self::load::{measured_pgbench, pgbench};
+use self::load::{Load, pgbench};
 
 /// Where the scheduler of the benchmark listens.
 const PORT: u16 = 18098;
@@ -34,6 +35,32 @@ const WRITTEN_GIB: u32 = 2;
 const SETTINGS: [&str; 3] =
     ["shared_buffers = '64MB'", "max_wal_size = '512MB'", "checkpoint_timeout = '5min'"];
 
+/// pgbench runs so long before its first round.
+const WARM_UP: Duration = Duration::from_secs(15);
+/// A round begins with a full second, so that all together take up to a second each more than they last.
+const SLACK: Duration = Duration::from_secs(200);
+
+/// What is done in a round of pgbench.
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Alone,
+    Bare,
+    Backup,
+}
+
+/// All orders of the three.
+const ORDERS: [[Kind; 3]; 6] = {
+    use Kind::{Alone, Backup, Bare};
+    [
+        [Alone, Bare, Backup],
+        [Bare, Backup, Alone],
+        [Backup, Alone, Bare],
+        [Backup, Bare, Alone],
+        [Alone, Backup, Bare],
+        [Bare, Alone, Backup],
+    ]
+};
+
 /// Measures backups and restores.
 #[derive(Debug, Parser)]
 pub struct Plan {
@@ -41,10 +68,10 @@ pub struct Plan {
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..=200))]
     pub backups: u16,
     /// Rounds of pgbench, each once with a backup, once with the bare commands, and once with neither.
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=50))]
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(2..=60))]
     pub rounds: u16,
     /// Seconds of a pgbench round.
-    #[arg(long, default_value_t = 45, value_parser = clap::value_parser!(u16).range(15..=600))]
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u16).range(15..=600))]
     pub seconds: u16,
     /// Sizes of the images that are restored, in GiB.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 64, 1024])]
@@ -142,18 +169,7 @@ impl Plan {
                     }
                 }
             }
-            for round in 0..self.rounds {
-                eprintln!("pgbench round {} of {}", round + 1, self.rounds);
-                for turn in 0..3 {
-                    match (turn + round) % 3 {
-                        0 => results.alone.push(self.round(&database, || Ok(()))?),
-                        1 => results.snapped.push(self.round(&database, || bare(&database).map(drop))?),
-                        _ => results.backed_up.push(
-                            self.round(&database, || backup(&database, &format!("load-{round}")).map(drop))?,
-                        ),
-                    }
-                }
-            }
+            self.load(&database, &mut results)?;
         }
         let by_size = self.sizes.iter().map(|gib| (*gib, 0));
         for (gib, written_mib) in by_size.chain(self.written.iter().map(|mib| (WRITTEN_GIB, *mib))) {
@@ -164,15 +180,52 @@ impl Plan {
         report::write(self, &results)
     }
 
-    /// One round of pgbench, with something done a third into it.
-    fn round(&self, database: &Database<'_>, work: impl FnOnce() -> Result<()>) -> Result<Round> {
-        let seconds = u64::from(self.seconds);
-        std::thread::scope(|scope| {
-            let load = scope.spawn(|| measured_pgbench(database, seconds));
-            std::thread::sleep(Duration::from_secs(seconds / 3));
-            work()?;
-            load.join().map_err(|_| anyhow::anyhow!("run pgbench: it panicked"))?
-        })
+    /// Rounds of one pgbench. What was before a round works on in it, so each kind comes after each other equally often.
+    fn load(&self, database: &Database<'_>, results: &mut Results) -> Result<()> {
+        let rounds = u64::from(self.rounds) * 3 * u64::from(self.seconds);
+        let load = Load::start(database, WARM_UP.as_secs() + rounds + SLACK.as_secs())?;
+        thread::sleep(WARM_UP);
+        let mut kinds = Vec::new();
+        let mut times = Vec::new();
+        for (number, order) in (0..self.rounds).zip(ORDERS.iter().cycle()) {
+            eprintln!("pgbench round {} of {}", number + 1, self.rounds);
+            for kind in order {
+                kinds.push(*kind);
+                times.push(self.round(|| match kind {
+                    Kind::Alone => Ok(()),
+                    Kind::Bare => bare(database).map(drop),
+                    Kind::Backup => backup(database, &format!("load-{number}")).map(drop),
+                })?);
+            }
+        }
+        for (kind, round) in kinds.into_iter().zip(load.rounds(&times)?) {
+            match kind {
+                Kind::Alone => results.alone.push(round),
+                Kind::Bare => results.snapped.push(round),
+                Kind::Backup => results.backed_up.push(round),
+            }
+        }
+        Ok(())
+    }
+
+    /// One round, with something done a third into it; from which second of the epoch to which it was.
+    fn round(&self, work: impl FnOnce() -> Result<()>) -> Result<(u64, u64)> {
+        let now = || SystemTime::now().duration_since(UNIX_EPOCH).context("read the clock");
+        let from = now()?.as_secs() + 1;
+        let to = from + u64::from(self.seconds);
+        let sleep_until = |second: u64| {
+            thread::sleep(Duration::from_secs(second).saturating_sub(now()?));
+            anyhow::Ok(())
+        };
+        sleep_until(from + u64::from(self.seconds / 3))?;
+        work()?;
+        ensure!(
+            now()?.as_secs() < to,
+            "measure a round of {} s: what is done in it takes longer",
+            self.seconds
+        );
+        sleep_until(to)?;
+        Ok((from, to))
     }
 }
 

@@ -18,6 +18,15 @@ pub fn median(figures: &[f64]) -> f64 {
     figures.get(figures.len() / 2).copied().unwrap_or_default()
 }
 
+/// The mean of these figures and its standard error; zero of fewer than two.
+#[must_use]
+pub fn mean(figures: &[f64]) -> (f64, f64) {
+    let number = figures.len() as f64;
+    let mean = figures.iter().sum::<f64>() / number.max(1.0);
+    let squares: f64 = figures.iter().map(|figure| (figure - mean).powi(2)).sum();
+    (mean, (squares / (number - 1.0).max(1.0) / number.max(1.0)).sqrt())
+}
+
 /// The middle one of these times, in seconds.
 #[must_use]
 pub fn median_s(times: &[Duration]) -> f64 {
@@ -56,5 +65,8 @@ mod tests {
         let times: Vec<Duration> = [9, 1, 5].map(Duration::from_secs).to_vec();
         assert!((median_s(&times) - 5.0).abs() < 1e-9);
         assert!(median(&[]).abs() < 1e-9);
+        let (middle, error) = mean(&[1.0, 2.0, 3.0]);
+        assert!((middle - 2.0).abs() < 1e-9 && (error - (1.0_f64 / 3.0).sqrt()).abs() < 1e-9);
+        assert!(mean(&[]).0.abs() < 1e-9 && mean(&[4.0]).1.abs() < 1e-9);
     }
 }

@@ -2,10 +2,11 @@
 //!
 //! Tests that need a lab fail when it cannot be brought up; they never skip.
 
+use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -225,10 +226,14 @@ impl Drop for TempNamespace {
 
 /// Runs `howdah-lab up`, once per process and wish: the many tests of one binary share the lab.
 fn bring_up(name: &str, args: &[&str]) -> Result<Lab> {
-    static DONE: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    /// By lab, which come up beside each other: what was wished for and is done.
+    type Done = Arc<Mutex<HashSet<String>>>;
+    static LABS: Mutex<BTreeMap<String, Done>> = Mutex::new(BTreeMap::new());
     let lab = Lab::named(name)?;
-    let wish = format!("{name} {}", args.join(" "));
-    let mut done = DONE.lock().map_err(|_| anyhow!("bring lab {name} up: another test failed to"))?;
+    let done =
+        LABS.lock().unwrap_or_else(PoisonError::into_inner).entry(name.to_owned()).or_default().clone();
+    let wish = args.join(" ");
+    let mut done = done.lock().map_err(|_| anyhow!("bring lab {name} up: another test failed to"))?;
     if !done.contains(&wish) {
         let status = process::lab_binary()?
             .args(["--name", name, "up"])
@@ -239,7 +244,7 @@ fn bring_up(name: &str, args: &[&str]) -> Result<Lab> {
         if !status.success() {
             bail!("bring lab {name} up: howdah-lab ended with {status}");
         }
-        done.push(wish);
+        done.insert(wish);
     }
     Ok(lab)
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use howdah_bench_figures::{load_average, machine, median, median_s};
+use howdah_bench_figures::{load_average, machine, mean, median, median_s};
 
 use super::{CLIENTS, Plan, Restored, Results, Round, SCALE};
 
@@ -67,8 +67,8 @@ fn page(plan: &Plan, results: &Results) -> String {
          | a backup until it is recorded, beside `CHECKPOINT` and `rbd snap create` | {recorded:.2} s | {bare:.2} s | {until:.2} | <= 1.5x |\n\
          | the same with the deletion of an older one | {howdah:.2} s | {bare:.2} s | {wall:.2} | |\n\
          | of it in backup mode: checkpoint, snapshot, stop | {held:.2} s | {bare:.2} s | {mode:.2} | |\n\
-         | transactions a second in {seconds} s with a backup, beside {seconds} s without | {backed_up:.0} | {alone:.0} | {kept:.3} | >= 0.97 |\n\
-         | the same with the bare commands, beside none | {snapped:.0} | {alone:.0} | {cut:.3} | |\n\
+         | transactions a second in {seconds} s with a backup, beside {seconds} s without | {backed_up:.0} | {alone:.0} | {kept} | >= 0.97 |\n\
+         | the same with the bare commands, beside none | {snapped:.0} | {alone:.0} | {cut} | |\n\
          | the longest transaction | {stall_backed} ms | {stall_alone} ms | | named |\n\
          | swap: furthest from the median of all sizes | {furthest:.0} % | | | <= 20 % |\n\n\
          ![restores by the size of the image](backup.svg)\n\n\
@@ -79,21 +79,28 @@ fn page(plan: &Plan, results: &Results) -> String {
          ## Restores\n\n| image, GiB | overwritten since the backup, MiB | swap, s | rollback, s |\n|---|---|---|---|\n{restores}\n\
          ## How each figure was obtained\n\n\
          - **A backup**: {pairs} pairs, in turns, each after 200 transactions a client; the median of each. Of\n  howdah it is the time of the steps in its journal: preflight, backup mode, record and catalogue; and beside it the time\n  from its first attempt to its end, in which an older backup is deleted. The bare commands are run by `psql` and `rbd`.\n\
-         - **pgbench**: scale {SCALE}, {CLIENTS} clients, {seconds} s a round, in turns with neither, the bare commands and a backup; medians. The longest\n  transaction is over all rounds.\n\
+         - **pgbench**: scale {SCALE}, {CLIENTS} clients, one run, read in times of {seconds} s with neither, the bare commands and a\n  backup, which follow each other in all orders. The rate is the median; the ratio is the mean of those of the rounds, and after\n  it stands twice its standard error. The longest transaction is over all rounds.\n\
          - **Restores** are of stopped databases. The time is that of the steps between the proofs that nobody writes and the\n  start: what a restore adds to a stop and a start. Each image has a file system of at most 1 GiB with a small database, the rest was\n  never written: of that the object map knows, and so neither of the two looks at it. What is overwritten is a\n  file that the backup holds.\n",
         machine = machine(),
         load = load_average(),
         until = recorded / bare,
         wall = howdah / bare,
         mode = held / bare,
-        kept = backed_up / alone,
-        cut = snapped / alone,
+        kept = beside_alone(&results.backed_up, &results.alone),
+        cut = beside_alone(&results.snapped, &results.alone),
         stall_backed = stall(&results.backed_up),
         stall_alone = stall(&results.alone),
         furthest = furthest * 100.0,
         pairs = plan.backups,
         seconds = plan.seconds,
     )
+}
+
+/// The mean of the ratios of neighbours, and twice its standard error.
+fn beside_alone(rounds: &[Round], alone: &[Round]) -> String {
+    let ratios: Vec<f64> = rounds.iter().zip(alone).map(|(round, alone)| round.tps / alone.tps).collect();
+    let (mean, error) = mean(&ratios);
+    format!("{mean:.3} ± {:.3}", 2.0 * error)
 }
 
 /// Seconds of a swap and a rollback: by the size of the image, and by what was overwritten since the backup.

@@ -49,15 +49,9 @@ fn take() -> (u8, Turn) {
     taken.unwrap()
 }
 
-/// The shared lab. It is brought up once: `up` mends what is broken, and another test may have broken its node by then.
+/// The shared lab. It is brought up once, by whoever comes first: `up` would mend what another test has broken by then.
 fn lab() -> Lab {
-    static DONE: Mutex<bool> = Mutex::new(false);
-    let mut done = DONE.lock().unwrap_or_else(PoisonError::into_inner);
-    if !*done {
-        Lab::open_or_up(&shared_name(), NODES).unwrap();
-        *done = true;
-    }
-    Lab::named(&shared_name()).unwrap()
+    Lab::open_or_up(&shared_name(), NODES).unwrap()
 }
 
 /// Takes all nodes: no test breaks one meanwhile.
