@@ -30,9 +30,12 @@ beside=
 beside_log=$(mktemp)
 
 start_beside() {
-    # A group of its own can be ended as a whole.
-    setsid "$@" >"$beside_log" 2>&1 &
+    # Under job control it has a process group of its own, which can be ended as a whole, and does not ignore SIGINT, which
+    # tests of the lab send.
+    set -m
+    "$@" >"$beside_log" 2>&1 &
     beside=$!
+    set +m
 }
 
 join_beside() {

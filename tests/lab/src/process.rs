@@ -406,13 +406,16 @@ fn collect(pipe: Option<impl Read + Send + 'static>) -> JoinHandle<Vec<u8>> {
 
 /// Polls `condition` until it holds; says whether it did within `limit`.
 pub fn wait_until(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    wait_some(limit, || condition().then_some(())).is_some()
+}
+
+/// Polls `look` until it gives something; gives nothing when it did not within `limit`.
+pub fn wait_some<T>(limit: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
     let deadline = Instant::now() + limit;
     loop {
-        if condition() {
-            return true;
-        }
-        if Instant::now() >= deadline {
-            return false;
+        let found = look();
+        if found.is_some() || Instant::now() >= deadline {
+            return found;
         }
         thread::sleep(POLL);
     }

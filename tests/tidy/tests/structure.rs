@@ -39,6 +39,40 @@ fn member_edges(metadata: &Metadata) -> BTreeMap<String, BTreeSet<String>> {
         .collect()
 }
 
+/// `NAME vVERSION FEATURES` of each package for these kinds of dependencies. `cargo tree` resolves features as a build does;
+/// `cargo metadata` shows optional crates that nobody turns on.
+fn tree(kinds: &str) -> BTreeSet<String> {
+    let output = Command::new(env!("CARGO"))
+        .args([
+            "tree",
+            "--workspace",
+            "--locked",
+            "--prefix",
+            "none",
+            "--format",
+            "{p} {f}",
+            "--edges",
+            kinds,
+        ])
+        .current_dir(root())
+        .output()
+        .expect("run cargo tree");
+    assert!(output.status.success(), "cargo tree: {}", String::from_utf8_lossy(&output.stderr));
+    let lines = String::from_utf8_lossy(&output.stdout);
+    // What was printed before is marked.
+    lines.lines().map(|line| line.trim_end_matches(" (*)").to_owned()).collect()
+}
+
+#[test]
+fn tests_ask_for_no_other_features_of_what_programs_are_made_of() {
+    let (programs, tests) = (tree("normal,build"), tree("normal,build,dev"));
+    let twice: Vec<_> = programs.difference(&tests).collect();
+    assert!(
+        twice.is_empty(),
+        "compiled twice, with all that needs them; give them these features in the workspace: {twice:?}"
+    );
+}
+
 #[test]
 fn dependencies_point_one_way() {
     let allowed: BTreeMap<&str, &[&str]> = BTreeMap::from([
@@ -131,16 +165,9 @@ fn core_never_asks_the_clock_or_the_system() {
 
 #[test]
 fn one_crypto_provider_in_the_graph() {
-    // `cargo tree` resolves features as a build does; `cargo metadata` shows optional crates that nobody turns on.
-    let output = Command::new(env!("CARGO"))
-        .args(["tree", "--workspace", "--locked", "--prefix", "none", "--edges", "normal,build,dev"])
-        .current_dir(root())
-        .output()
-        .expect("run cargo tree");
-    assert!(output.status.success(), "cargo tree: {}", String::from_utf8_lossy(&output.stderr));
-    let tree = String::from_utf8_lossy(&output.stdout);
-    assert!(!tree.lines().any(|l| l.starts_with("ring v")), "ring is in the graph beside aws-lc-rs");
-    assert!(tree.lines().any(|l| l.starts_with("aws-lc-rs v")), "aws-lc-rs is the provider");
+    let tree = tree("normal,build,dev");
+    assert!(!tree.iter().any(|l| l.starts_with("ring v")), "ring is in the graph beside aws-lc-rs");
+    assert!(tree.iter().any(|l| l.starts_with("aws-lc-rs v")), "aws-lc-rs is the provider");
 }
 
 #[test]

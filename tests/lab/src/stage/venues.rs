@@ -2,17 +2,17 @@
 //! do not wait for each other. A lab without nodes is up in 12 s.
 
 use std::sync::{Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
-use std::thread;
 use std::time::Duration;
 
+use crate::process::wait_some;
 use crate::testing::{Process, shared_name};
 
 /// How many labs there are, beside each other; one where it is not set.
 const VARIABLE: &str = "HOWDAH_LABS";
 /// Each takes 1.5 GiB and a tenth of a processor.
 const VENUES_MAX: usize = 4;
-/// Pause between two looks for one that is free. A stage is left after a minute or two.
-const POLL: Duration = Duration::from_millis(100);
+/// Longer than all tests together may take: a lab that never comes free is a failure.
+const TURN_LIMIT: Duration = Duration::from_secs(3600);
 
 /// A lab, and who is in it.
 pub struct Venue {
@@ -44,16 +44,14 @@ impl Venue {
 
     /// The last lab that nobody is in; waits for one.
     pub fn alone() -> (&'static Self, Turn) {
-        loop {
-            for venue in all().iter().rev() {
-                match venue.turn.try_write() {
-                    Ok(turn) => return (venue, Turn::Alone(turn)),
-                    Err(TryLockError::Poisoned(turn)) => return (venue, Turn::Alone(turn.into_inner())),
-                    Err(TryLockError::WouldBlock) => {}
-                }
-            }
-            thread::sleep(POLL);
-        }
+        let free = || {
+            all().iter().rev().find_map(|venue| match venue.turn.try_write() {
+                Ok(turn) => Some((venue, Turn::Alone(turn))),
+                Err(TryLockError::Poisoned(turn)) => Some((venue, Turn::Alone(turn.into_inner()))),
+                Err(TryLockError::WouldBlock) => None,
+            })
+        };
+        wait_some(TURN_LIMIT, free).unwrap()
     }
 }
 

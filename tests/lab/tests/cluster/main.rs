@@ -10,6 +10,7 @@ use howdah_lab::testing::shared_name;
 mod backup;
 mod drain;
 mod drills;
+mod in_use;
 mod installed;
 mod restore;
 mod storage;

@@ -12,7 +12,7 @@ use howdah_lab::lab::Lab;
 use howdah_lab::node::Node;
 use howdah_lab::node::faults::{self, From};
 use howdah_lab::node::vm::{self, State};
-use howdah_lab::process::wait_until;
+use howdah_lab::process::{wait_some, wait_until};
 use howdah_lab::testing::{TempNamespace, shared_name};
 
 mod shutdown;
@@ -36,17 +36,14 @@ type Turn = MutexGuard<'static, ()>;
 
 /// Takes a node that no other test has.
 fn take() -> (u8, Turn) {
-    let mut taken = None;
     let free = || {
-        taken = BREAKABLE.iter().zip(&TAKEN).find_map(|(node, turn)| match turn.try_lock() {
+        BREAKABLE.iter().zip(&TAKEN).find_map(|(node, turn)| match turn.try_lock() {
             Ok(turn) => Some((*node, turn)),
             Err(TryLockError::Poisoned(failed)) => Some((*node, failed.into_inner())),
             Err(TryLockError::WouldBlock) => None,
-        });
-        taken.is_some()
+        })
     };
-    assert!(wait_until(TURN_LIMIT, free), "no node came free");
-    taken.unwrap()
+    wait_some(TURN_LIMIT, free).unwrap()
 }
 
 /// The shared lab. It is brought up once, by whoever comes first: `up` would mend what another test has broken by then.
