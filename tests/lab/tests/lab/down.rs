@@ -59,9 +59,10 @@ pub fn assert_nothing_left(lab: &Lab) {
     assert!(!lab.dir().with_extension("lock").exists());
 }
 
-/// `up` in a process group of its own, as a shell would start it.
+/// `up` in a process group of its own and not ignoring Ctrl-C, as a shell would start it, whoever started this test.
 fn start_up(lab: &Lab, cache: Option<&Path>) -> Child {
-    let mut up = lab_binary().unwrap();
+    let mut up = Command::new("env");
+    up.arg("--default-signal=INT").arg(lab_binary().unwrap().get_program());
     up.args(["--name", lab.name(), "up"]).process_group(0).stdin(Stdio::null());
     if let Some(cache) = cache {
         up.env("HOWDAH_CACHE", cache);

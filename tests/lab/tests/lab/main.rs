@@ -13,7 +13,9 @@ use howdah_lab::lab::Lab;
 use howdah_lab::testing::shared_name;
 
 /// A lab for one destructive test, beside the shared one and named after it, so that two test runs of
-/// different names do not meet.
+/// different names do not meet. What a failed run left of it is taken down.
 fn lab_beside(suffix: &str) -> Lab {
-    Lab::named(&format!("{}-{suffix}", shared_name())).unwrap()
+    let lab = Lab::named(&format!("{}-{suffix}", shared_name())).unwrap();
+    down::down(&lab);
+    lab
 }
