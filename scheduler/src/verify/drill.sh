@@ -36,6 +36,10 @@ work=$(mktemp -d)
 log=$work/log
 role=${HOWDAH_ROLE:-postgres}
 database=${HOWDAH_DATABASE:-postgres}
+# What is said is read below, in English, and told in UTF-8. What the database sets for its role, such as a time limit, is not
+# meant for a drill.
+export LC_ALL=C PGCLIENTENCODING=UTF8
+export PGOPTIONS='-c lc_messages=C -c statement_timeout=0 -c lock_timeout=0 -c default_transaction_read_only=off'
 
 quoted() { printf '%s' "$1" | tr '\n\t\r' '   ' | tr -d '\000-\037' | cut -c 1-400 | sed 's/\\/\\\\/g; s/"/\\"/g'; }
 # Milliseconds, where date knows of parts of a second: busybox may, but not of %3N.
@@ -46,7 +50,7 @@ now_ms() {
     esac
 }
 # What PostgreSQL says when it is the data that is bad, and not the place it is started in.
-BAD='PANIC|invalid page|invalid .*checkpoint|could not locate a valid checkpoint|checksum|could not read blocks?|could not read file "(base|global|pg_wal|pg_xact)|unexpected data beyond EOF|missing chunk number|could not access status of transaction|database files are incompatible|control file contains invalid|corrupt'
+BAD='PANIC|invalid page|invalid .*checkpoint|could not locate a valid checkpoint|checksum|could not read blocks?|could not read file "(base|global|pg_wal|pg_xact)|could not open file "(base|global)/[^"]*": No such file|unexpected data beyond EOF|missing chunk number|could not access status of transaction|database files are incompatible|control file contains invalid|corrupt'
 # What it says when the disk or the memory of this place is at fault, or when somebody ended it.
 PLACE='No space left|Input/output error|Cannot allocate memory|out of memory|could not resize shared memory|canceling statement|terminating connection|server closed the connection|connection to server'
 say() {
@@ -90,7 +94,7 @@ postgres -D "$PGDATA" \
     -c listen_addresses= -c port=5432 -c unix_socket_directories="$work" -c ssl=off \
     -c archive_mode=off -c archive_command= -c restore_command= -c primary_conninfo= -c synchronous_standby_names= \
     -c max_logical_replication_workers=0 -c autovacuum=off -c logging_collector=off -c log_destination=stderr \
-    -c log_min_messages=warning -c shared_buffers=64MB -c huge_pages=off -c jit=off -c max_parallel_workers_per_gather=0 -c max_connections=20 \
+    -c log_min_messages=warning -c lc_messages=C -c shared_buffers=64MB -c huge_pages=off -c jit=off -c max_parallel_workers_per_gather=0 -c max_connections=20 \
     -c max_wal_senders=0 -c superuser_reserved_connections=0 >"$log" 2>&1 &
 server=$!
 ask() { psql -h "$work" -p 5432 -U "$role" -X -A -t -q -v ON_ERROR_STOP=1 "$@"; }
@@ -109,7 +113,8 @@ version=$(ask -d postgres -c 'SHOW server_version')
 identifier=$(ask -d postgres -c 'SELECT system_identifier FROM pg_control_system()')
 [ "$(ask -d postgres -c 'SHOW data_checksums')" = on ] && checksums=true || checksums=false
 
-# Every row of every table, and with it every page that has a checksum.
+# Every row of every table, and with it every page of them; of what the system keeps and of long values too, which nobody
+# counts as rows. An index could answer without the table.
 databases=0
 rows=0
 ask -d postgres -c 'SELECT datname FROM pg_database WHERE datallowconn ORDER BY 1' >"$work/databases"
@@ -117,8 +122,11 @@ while IFS= read -r name; do
     databases=$((databases + 1))
     {
         echo "\\set ON_ERROR_STOP 1"
-        echo "SELECT format('SELECT count(*) FROM ONLY %I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-        echo "WHERE c.relkind IN ('r', 'm') AND c.relpersistence = 'p' AND c.relispopulated AND n.nspname NOT IN ('pg_catalog', 'information_schema') \\gexec"
+        echo "SET enable_indexonlyscan = off; SET enable_indexscan = off; SET enable_bitmapscan = off;"
+        echo "SELECT format('SELECT %s * count(*) FROM ONLY %I.%I',"
+        echo "(c.relkind <> 't' AND n.nspname NOT IN ('pg_catalog', 'information_schema'))::int, n.nspname, c.relname)"
+        echo "FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        echo "WHERE c.relkind IN ('r', 'm', 't') AND c.relpersistence = 'p' AND c.relispopulated \\gexec"
     } >"$work/count.sql"
     counted=$(ask -d "$name" -f "$work/count.sql" 2>"$work/error") || judge "the database $name cannot be read" "$(cat "$work/error")"
     for count in $counted; do rows=$((rows + count)); done

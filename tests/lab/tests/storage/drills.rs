@@ -30,6 +30,9 @@ const PROGRAMS: &str = "/usr/lib/postgresql";
 /// A stage whose drills are played.
 struct Drills(Stage);
 
+/// Does it to a file, and says how it is repaired.
+type Damage = fn(&Path) -> Box<dyn FnOnce()>;
+
 /// What a drill finds in the image of a database beside PostgreSQL.
 enum Tools {
     /// Those of this machine.
@@ -169,7 +172,17 @@ fn a_good_backup_is_proven_and_a_damaged_one_found() {
     let query = json!({"howdah.dev/verify": "always", "howdah.dev/retention": "last=2",
         "howdah.dev/verify-query": "SELECT sum(n) FROM t", "howdah.dev/verify-expect": "500500"});
     let database = stage.database("db", query);
-    database.sql("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n");
+    database.sql("CREATE TABLE t (n int PRIMARY KEY, wide text DEFAULT repeat('x', 1000))");
+    database.sql("INSERT INTO t SELECT generate_series(1, 1000)");
+    database.sql("CREATE TABLE long (value text)");
+    database.sql("ALTER TABLE long ALTER value SET STORAGE EXTERNAL");
+    database.sql("INSERT INTO long VALUES (repeat('x', 10000))");
+    database.sql("CREATE TABLE lost AS SELECT 1 AS n");
+    database.sql("VACUUM ANALYZE");
+    let plan = database.sql("EXPLAIN SELECT count(*) FROM t");
+    assert!(plan.contains("Index Only Scan"), "a drill has to look away from the index: {plan}");
+    // Nothing in a drill is as quick as this.
+    database.sql("ALTER DATABASE template1 SET statement_timeout = '1ms'");
     database.order("good", Some("online"));
     stage.wait_over("good");
     stage.play_drill("good", &Tools::Debian);
@@ -182,7 +195,7 @@ fn a_good_backup_is_proven_and_a_damaged_one_found() {
         drill.failure
     );
     let report = drill.report.unwrap();
-    assert_eq!(report.rows, Some(1000));
+    assert_eq!(report.rows, Some(1002));
     assert_eq!(report.answer.as_deref(), Some("500500"));
     assert_eq!(report.system_identifier, status.system_identifier);
     assert!(
@@ -193,26 +206,56 @@ fn a_good_backup_is_proven_and_a_damaged_one_found() {
     // The catalogue knows it, too.
     let entry = image_meta_key(&status.snapshot.unwrap().name);
     let metadata = stage.lab.rbd(&["image-meta", "get", database.image(), &entry]).unwrap();
-    assert!(metadata.contains(r#""rows":1000"#), "{metadata}");
+    assert!(metadata.contains(r#""rows":1002"#), "{metadata}");
 
-    // A page of the table goes bad behind PostgreSQL's back: the file system has it, PostgreSQL's cache has not.
+    // A page of a table, a page of its long values, and a whole table go bad behind PostgreSQL's back: the file system has
+    // it, PostgreSQL's cache has not.
     database.sql("CHECKPOINT");
-    let file = database.sql("SELECT pg_relation_filepath('t')");
-    let path = database.mapping().path().join("data").join(file);
-    let file: File = OpenOptions::new().write(true).open(path).unwrap();
-    file.write_all_at(&[0xff; 64], 0).unwrap();
-    file.sync_all().unwrap();
-    database.order("bad", Some("online"));
-    assert_eq!(stage.wait_over("bad").phase, Phase::Taken, "taking it reads no page");
-    stage.play_drill("bad", &Tools::Alpine);
-    let status = stage.wait_drilled("bad");
-    assert_eq!(status.phase, Phase::Damaged, "{:?}", status.verification);
-    let failure = status.verification.unwrap().failure.unwrap();
-    assert!(
-        failure.reason.contains("invalid page") && failure.cure.contains("do not restore"),
-        "{failure:?}"
-    );
-    stage.nothing_left("bad");
+    let page: Damage = |path| {
+        let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
+        let mut good = [0; 64];
+        file.read_exact_at(&mut good, 0).unwrap();
+        let write = move |bytes: &[u8]| {
+            file.write_all_at(bytes, 0).unwrap();
+            file.sync_all().unwrap();
+        };
+        write(&[0xff; 64]);
+        Box::new(move || write(&good))
+    };
+    let loss: Damage = |path| {
+        let (path, away) = (path.to_owned(), path.with_extension("away"));
+        let sync = |path: &Path| File::open(path.parent().unwrap()).unwrap().sync_all().unwrap();
+        fs::rename(&path, &away).unwrap();
+        sync(&path);
+        Box::new(move || {
+            fs::rename(&away, &path).unwrap();
+            sync(&path);
+        })
+    };
+    let toast = database.sql("SELECT reltoastrelid::regclass FROM pg_class WHERE relname = 'long'");
+    for (name, relation, damage, seen, tools) in [
+        ("bad-page", "t", page, "invalid page", Tools::Alpine),
+        ("bad-value", toast.as_str(), page, "invalid page", Tools::Debian),
+        ("bad-loss", "lost", loss, "No such file", Tools::Alpine),
+    ] {
+        let file = database.sql(&format!("SELECT pg_relation_filepath('{relation}')"));
+        let repair = damage(&database.mapping().path().join("data").join(file));
+        database.order(name, Some("online"));
+        assert_eq!(stage.wait_over(name).phase, Phase::Taken, "taking it reads no page");
+        repair();
+        stage.play_drill(name, &tools);
+        let status = stage.wait_drilled(name);
+        assert_eq!(status.phase, Phase::Damaged, "{name}: {:?}", status.verification);
+        let failure = status.verification.unwrap().failure.unwrap();
+        // `pg_amcheck` is not everywhere.
+        assert!(
+            failure.reason.contains("postgres cannot be read")
+                && failure.reason.contains(seen)
+                && failure.cure.contains("do not restore"),
+            "{failure:?}"
+        );
+        stage.nothing_left(name);
+    }
     let told = || {
         let events = stage.kubectl(&["get", "events", "-o", "jsonpath={.items[*].reason}"]);
         events.contains("BackupDamaged") && events.contains("BackupVerified")
@@ -230,7 +273,10 @@ fn a_good_backup_is_proven_and_a_damaged_one_found() {
         2,
         "the newest verified one and the newest good one stay, the damaged one goes: {left:?}"
     );
-    assert!(stage.backup("bad").is_none() && stage.backup("good").is_some());
+    assert!(
+        ["bad-page", "bad-value", "bad-loss"].iter().all(|name| stage.backup(name).is_none())
+            && stage.backup("good").is_some()
+    );
 }
 
 #[test]
