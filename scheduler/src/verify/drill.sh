@@ -104,8 +104,12 @@ until [ "$(ask -d postgres -c 'SELECT pg_is_in_recovery()' 2>"$work/error")" = f
         server=
         judge "PostgreSQL does not start" "$(cat "$log")"
     fi
-    # It lets in, but not this role: that will not pass.
-    ! grep -q 'role .* does not exist' "$work/error" || give_up "$(tail -n 1 "$work/error"): name the superuser as POSTGRES_USER"
+    # It lets in, but not this role, or not as a superuser: that will not pass. Images that make such a role of POSTGRES_USER
+    # have the usual superuser, too.
+    if grep -qE 'role .* does not exist|permission denied to set parameter' "$work/error"; then
+        [ "$role" != postgres ] || give_up "$(tail -n 1 "$work/error"): name the superuser as POSTGRES_USER"
+        role=postgres
+    fi
     sleep 0.2
 done
 recovery_ms=$(($(now_ms) - started))
