@@ -76,6 +76,14 @@ fuzz: ## Fuzz review bodies and annotations with libFuzzer, FUZZ_SECONDS (600) e
 			-artifact_prefix=$(FUZZ_FOUND)/$$name- -print_final_stats=1 $(FUZZ_FOUND)/$$name fuzz/corpus/$$name; \
 	done
 
+# How long `make soak` runs, beyond the operation that is under way.
+export HOWDAH_SOAK_SECONDS ?= 600
+
+.PHONY: soak
+soak: setup lab-binary ## Back up and restore by chance, with a scheduler that is killed at random, HOWDAH_SOAK_SECONDS (600) long
+	HOWDAH_LAB=soak cargo test --workspace --locked --test soak -- --nocapture
+	HOWDAH_LAB=soak $(LAB) down
+
 # The webhook is built as its image builds it. For a quick look: BENCH_FLAGS="--rounds 1 --paced 2000 --flood 2000 --long 10000 --starts 2".
 .PHONY: bench-admission
 bench-admission: ## Measure the webhook beside a minimal admission server; writes docs/benchmarks/admission.md

@@ -8,7 +8,7 @@ set -euo pipefail
 export HOWDAH_LAB=test
 lab=$CARGO_TARGET_DIR/debug/howdah-lab
 # Emulated nodes and two cores: more parallel tests only wait for each other.
-threads=2
+threads=3
 # Tests of the API level wait more than they work: for a certificate to be renewed, for a client that is too slow.
 api_threads=4
 # Tests of the storage level that need a scheduler to themselves would wait for each other in one lab. Three labs and two
@@ -84,10 +84,10 @@ join_beside
 # The scheduler that the storage tests share runs on; it would lead in the place of the one in the cluster.
 down
 "$lab" up --nodes 2
-run "cluster level (two nodes, howdah installed)" --test cluster -- --test-threads="$threads"
+run "cluster level (two nodes, howdah installed)" --test cluster -- --test-threads="$cluster_threads"
 # These break nodes, so nothing else may use them meanwhile. They bring up a third one, and mostly wait: the tests of the
 # lab itself, which start and stop labs of their own, fill that time.
 start_beside env HOWDAH_LAB="$HOWDAH_LAB-2" cargo test --workspace --locked --test lab -- --test-threads=1
-run "broken nodes" --test nodes -- --test-threads="$threads"
+run "broken nodes" --test nodes -- --test-threads="$nodes_threads"
 printf '\n== the lab itself, tested meanwhile\n' >&2
 join_beside

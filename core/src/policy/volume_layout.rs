@@ -109,11 +109,20 @@ fn in_several_pools(
     let wanted = "one volume, or volumes of one pool";
     let fix = "use one storage class for all of them, or keep the database on one volume";
     let pools: Vec<Option<Pool>> = holding.iter().map(|claim| pool(claim)).collect();
-    if holding.len() < 2 || pools.iter().all(|pool| pool.is_some() && *pool == pools[0]) {
+    if holding.len() < 2 {
         return None;
     }
     let templated = holding.iter().all(|claim| claim.is_templated());
     let field = if templated { "spec.volumeClaimTemplates" } else { "spec.template.spec.volumes" };
+    if pools.iter().all(|pool| pool.is_some() && *pool == pools[0]) {
+        // The preflight of a backup refuses them too, but only once the first slot has come.
+        return subject.settings.schedule.is_some().then(|| {
+            let found = format!("a schedule, and the database on the volumes {names}");
+            Finding::new(field, found, "one volume, or every backup fails")
+                .fix("keep data, WAL and tablespaces on one volume: before Ceph 19 a snapshot of a group cannot be cloned")
+                .warning()
+        });
+    }
     let known: Vec<String> = pools.iter().flatten().map(Pool::to_string).collect();
     if known.len() < pools.len() {
         let found = format!("the volumes {names} in pools that are not known");
@@ -131,13 +140,22 @@ mod tests {
     use serde_json::{Value, json};
 
     fn found(container: Value, volumes: Value, templates: &[(&str, &str, &str)]) -> Vec<(String, Weight)> {
+        found_with(json!({}), container, volumes, templates)
+    }
+
+    fn found_with(
+        annotations: Value,
+        container: Value,
+        volumes: Value,
+        templates: &[(&str, &str, &str)],
+    ) -> Vec<(String, Weight)> {
         let templates: Vec<Value> = templates
             .iter()
             .map(|(name, class, mode)| {
                 json!({"metadata": {"name": name}, "spec": {"storageClassName": class, "accessModes": [mode]}})
             })
             .collect();
-        let object = json!({"metadata": {"name": "pg"}, "spec": {
+        let object = json!({"metadata": {"name": "pg", "annotations": annotations}, "spec": {
             "template": {"spec": {"containers": [container], "volumes": volumes}},
             "volumeClaimTemplates": templates,
         }});
@@ -202,14 +220,17 @@ mod tests {
         let container = json!({"image": "postgres:15", "env": [{"name": "POSTGRES_INITDB_WALDIR", "value": "/wal"}], "volumeMounts": [
             {"name": "data", "mountPath": DATA}, {"name": "wal", "mountPath": "/wal"},
         ]});
-        let of = |wal: &str| {
-            found(
-                container.clone(),
-                json!([]),
-                &[("data", "rbd", "ReadWriteOnce"), ("wal", wal, "ReadWriteOnce")],
-            )
+        let with = |annotations: Value, wal: &str| {
+            let claims = [("data", "rbd", "ReadWriteOnce"), ("wal", wal, "ReadWriteOnce")];
+            found_with(annotations, container.clone(), json!([]), &claims)
         };
+        let of = |wal: &str| with(json!({}), wal);
         assert!(of("rbd").is_empty());
+        let scheduled = with(json!({"howdah.dev/schedule": "@daily"}), "rbd");
+        assert_eq!(
+            scheduled,
+            [("a schedule, and the database on the volumes data, wal".to_owned(), Weight::Warning)]
+        );
         let apart = of("fast");
         assert_eq!(apart[0].1, Weight::Full);
         assert!(apart[0].0.ends_with("data, wal in the pools rook-ceph/a, rook-ceph/b"), "{}", apart[0].0);

@@ -50,7 +50,7 @@ pub enum Profile {
     Default,
 }
 
-/// The folder with `howdah-kube`, built if need be.
+/// The folder with `howdah-kube` and `kubectl`, built if need be.
 pub fn binaries() -> Result<PathBuf> {
     let flags: Vec<String> = ["k8s.io/component-base/version", "k8s.io/client-go/pkg/version"]
         .iter()
@@ -65,13 +65,20 @@ pub fn binaries() -> Result<PathBuf> {
         })
         .collect();
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
-    cache::go_binaries(&GoModule { name: "kube", tags: &[], linker_flags: &flags, packages: &["."] })
+    cache::go_binaries(&GoModule {
+        name: "kube",
+        tags: &[],
+        linker_flags: &flags,
+        packages: &[".", "./kubectl"],
+    })
 }
 
-/// Brings up whatever of the control plane is not running, and writes the admin's kubeconfig.
-pub fn up(lab: &Lab, profile: Profile, binary: &Path) -> Result<()> {
+/// Brings up whatever of the control plane is not running, from the folder that [`binaries`] gave, and writes the admin's
+/// kubeconfig.
+pub fn up(lab: &Lab, profile: Profile, binaries: &Path) -> Result<()> {
+    let binary = &binaries.join("howdah-kube");
     pki::create(lab)?;
-    link_clients(lab, binary)?;
+    link_kubectl(lab, &binaries.join("kubectl"))?;
     for client in ["controller-manager", "scheduler", "proxy"] {
         let credentials = pki::client_credentials(lab, client)?;
         let config = pki::kubeconfig(lab, &inside_url(), &credentials)?;
@@ -108,8 +115,8 @@ pub fn inside_url() -> String {
     format!("https://{BRIDGE_ADDRESS}:{API_PORT}")
 }
 
-/// Puts `kubectl` on the lab's PATH: the binary acts on the name it is called by.
-fn link_clients(lab: &Lab, binary: &Path) -> Result<()> {
+/// Puts `kubectl` on the lab's PATH.
+fn link_kubectl(lab: &Lab, binary: &Path) -> Result<()> {
     fs::create_dir_all(lab.path("bin")).context("create the lab's folder for programs")?;
     let link = lab.path("bin/kubectl");
     if fs::read_link(&link).is_ok_and(|target| target == binary) {
@@ -128,7 +135,7 @@ fn answers(lab: &Lab, address: SocketAddrV4) -> bool {
 }
 
 fn kubectl_says(lab: &Lab, args: &[&str], wanted: &str) -> bool {
-    let mut kubectl = lab.command(lab.path("bin/kubectl"));
+    let mut kubectl = lab.kubectl_command();
     output_within(kubectl.args(args), PROBE_LIMIT).is_ok_and(|said| said.contains(wanted))
 }
 

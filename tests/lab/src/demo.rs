@@ -444,7 +444,7 @@ fn shown_command(args: &[&str]) -> String {
 }
 
 fn kubectl_output(lab: &Lab, args: &[&str]) -> Result<Output> {
-    let mut command = lab.command(lab.path("bin/kubectl"));
+    let mut command = lab.kubectl_command();
     command.current_dir(repository::root()).args(["--namespace", NAMESPACE]).args(args);
     command.output().context("run kubectl")
 }

@@ -6,6 +6,7 @@
 
 #![expect(clippy::unwrap_used, reason = "it is the stage of tests and benchmarks")]
 
+mod node;
 mod restores;
 mod venues;
 
@@ -39,6 +40,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
+pub use node::{Node, acknowledged};
 pub use restores::RESTORE_LIMIT;
 use venues::{Turn, Venue};
 

@@ -34,7 +34,7 @@ pub fn describe(lab: &Lab) -> Result<String> {
         writeln!(text, "{name:<26} {:>8}  {state:<8} {address}", identity.pid)?;
     }
     if api_runs {
-        let mut kubectl = lab.command(lab.path("bin/kubectl"));
+        let mut kubectl = lab.kubectl_command();
         kubectl.args(["get", "nodes", "--output=wide"]);
         match process::output_within(&mut kubectl, NODES_LIMIT) {
             Ok(nodes) if nodes.is_empty() => writeln!(text, "\nno nodes")?,

@@ -79,7 +79,7 @@ impl Lab {
 
     /// Runs kubectl and gives what it printed; fails when it fails.
     pub fn kubectl_ok(&self, args: &[&str]) -> Result<String> {
-        output_within(self.command(self.path("bin/kubectl")).args(args), COMMAND_LIMIT)
+        output_within(self.kubectl_command().args(args), COMMAND_LIMIT)
     }
 
     /// `kubectl apply` of one or more objects in YAML.
@@ -90,7 +90,7 @@ impl Lab {
     /// Runs kubectl with something on its standard input.
     pub fn kubectl_with_input(&self, args: &[&str], input: &str) -> Result<Output> {
         let mut child = self
-            .command(self.path("bin/kubectl"))
+            .kubectl_command()
             .args(args)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

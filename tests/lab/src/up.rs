@@ -82,8 +82,8 @@ fn ceph_part(lab: &Lab, wanted: Wanted, control_plane: &Receiver<()>) -> Result<
 fn kubernetes_part(lab: &Lab, wanted: Wanted, profile: Profile, is_up: Sender<()>) -> Result<()> {
     thread::scope(|scope| {
         let parts = scope.spawn(|| (wanted.nodes > 0).then(node::parts::build).transpose());
-        let binary = control_plane::binaries()?.join("howdah-kube");
-        progress::step("control plane ready", || control_plane::up(lab, profile, &binary))?;
+        let binaries = control_plane::binaries()?;
+        progress::step("control plane ready", || control_plane::up(lab, profile, &binaries))?;
         // Nobody listens in a lab without Ceph.
         let _ = is_up.send(());
         match parts.join().map_err(|_| anyhow!("build what nodes are made of: the thread panicked"))?? {

@@ -1,6 +1,5 @@
-// howdah-kube is every Kubernetes component of the lab, and kubectl, in one binary. The
-// component is named by the name it is called by (a link named kubectl) or else by its first
-// argument; the rest are that component's own flags.
+// howdah-kube is every Kubernetes component of the lab in one binary. The component is named by
+// its first argument; the rest are that component's own flags.
 //
 // One process runs one component: signal handlers and feature gates are process-global.
 package main
@@ -10,7 +9,6 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -19,7 +17,6 @@ import (
 	_ "k8s.io/component-base/logs/json/register"
 	_ "k8s.io/component-base/metrics/prometheus/clientgo"
 	_ "k8s.io/component-base/metrics/prometheus/version"
-	kubectl "k8s.io/kubectl/pkg/cmd"
 	apiserver "k8s.io/kubernetes/cmd/kube-apiserver/app"
 	controllermanager "k8s.io/kubernetes/cmd/kube-controller-manager/app"
 	proxy "k8s.io/kubernetes/cmd/kube-proxy/app"
@@ -34,20 +31,16 @@ var components = map[string]func() *cobra.Command{
 	"kube-controller-manager": controllermanager.NewControllerManagerCommand,
 	"kube-scheduler":          func() *cobra.Command { return scheduler.NewSchedulerCommand() },
 	"kube-proxy":              proxy.NewProxyCommand,
-	"kubectl":                 kubectl.NewDefaultKubectlCommand,
 	"kubelet":                 func() *cobra.Command { return kubelet.NewKubeletCommand(context.Background()) },
 }
 
 func main() {
-	component := filepath.Base(os.Args[0])
-	if _, calledByLink := components[component]; !calledByLink {
-		if len(os.Args) < 2 {
-			fmt.Fprintln(os.Stderr, "name a component: etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kube-proxy, kubelet or kubectl")
-			os.Exit(2)
-		}
-		component = os.Args[1]
-		os.Args = append([]string{component}, os.Args[2:]...)
+	if len(os.Args) < 2 {
+		fmt.Fprintln(os.Stderr, "name a component: etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kube-proxy or kubelet")
+		os.Exit(2)
 	}
+	component := os.Args[1]
+	os.Args = append([]string{component}, os.Args[2:]...)
 	if component == "etcd" {
 		os.Exit(runEtcd(os.Args[1:]))
 	}

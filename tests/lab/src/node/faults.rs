@@ -147,7 +147,7 @@ fn ready_boot_id(lab: &Lab, node: Node) -> Option<String> {
 }
 
 fn ask(lab: &Lab, node: Node, path: &str) -> Option<String> {
-    let mut kubectl: Command = lab.command(lab.path("bin/kubectl"));
+    let mut kubectl: Command = lab.kubectl_command();
     kubectl.args(["--request-timeout=5s", "get", "node", &node.name(), "-o", &format!("jsonpath={path}")]);
     process::output_of(&mut kubectl).ok().filter(|said| !said.is_empty())
 }

@@ -24,6 +24,12 @@ impl Stage {
         self.runtime.block_on(find("get a restore", &self.restores(), name)).unwrap()?.status
     }
 
+    /// What the records of all restores say.
+    pub fn all_restores(&self) -> Vec<RestoreStatus> {
+        let all = self.runtime.block_on(self.restores().list(&ListParams::default())).unwrap().items;
+        all.into_iter().filter_map(|restore| restore.status).collect()
+    }
+
     /// The record with this status: no two are alike.
     pub fn restore_record(&self, status: &RestoreStatus) -> PostgresRestore {
         let all = self.runtime.block_on(self.restores().list(&ListParams::default())).unwrap().items;

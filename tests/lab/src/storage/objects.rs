@@ -23,7 +23,7 @@ const MANIFESTS: [&str; 4] = [
 pub(super) fn apply(lab: &Lab, keys: &Keys) -> Result<()> {
     let mut documents: Vec<String> = with_keys(keys).iter().map(Value::to_string).collect();
     documents.extend(MANIFESTS.iter().map(|manifest| (*manifest).to_owned()));
-    let mut kubectl = lab.command(lab.path("bin/kubectl"));
+    let mut kubectl = lab.kubectl_command();
     kubectl.args(["apply", "--server-side", "--force-conflicts", "--field-manager=rook", "-f", "-"]);
     let mut child = kubectl
         .stdin(Stdio::piped())

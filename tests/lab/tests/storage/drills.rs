@@ -183,6 +183,7 @@ fn a_good_backup_is_proven_and_a_damaged_one_found() {
     database.sql("CREATE TABLE long (value text)");
     database.sql("ALTER TABLE long ALTER value SET STORAGE EXTERNAL");
     database.sql("INSERT INTO long VALUES (repeat('x', 10000))");
+    database.sql("SELECT lo_from_bytea(0, 'a large object')");
     database.sql("CREATE TABLE lost AS SELECT 1 AS n");
     database.sql(&format!("CREATE ROLE {USER} LOGIN"));
     database.sql("VACUUM ANALYZE");
@@ -215,8 +216,8 @@ fn a_good_backup_is_proven_and_a_damaged_one_found() {
     let metadata = stage.lab.rbd(&["image-meta", "get", database.image(), &entry]).unwrap();
     assert!(metadata.contains(r#""rows":1002"#), "{metadata}");
 
-    // A page of a table, a page of its long values, and a whole table go bad behind PostgreSQL's back: the file system has
-    // it, PostgreSQL's cache has not.
+    // A page of a table, one of its long values, one of large objects, and a whole table go bad behind PostgreSQL's back: the
+    // file system has it, PostgreSQL's cache has not.
     database.sql("CHECKPOINT");
     let page: Damage = |path| {
         let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
@@ -243,6 +244,7 @@ fn a_good_backup_is_proven_and_a_damaged_one_found() {
     for (name, relation, damage, seen, tools) in [
         ("bad-page", "t", page, "invalid page", Tools::Alpine),
         ("bad-value", toast.as_str(), page, "invalid page", Tools::Debian),
+        ("bad-object", "pg_largeobject", page, "invalid page", Tools::Alpine),
         ("bad-loss", "lost", loss, "No such file", Tools::Alpine),
     ] {
         let file = database.sql(&format!("SELECT pg_relation_filepath('{relation}')"));
@@ -281,7 +283,7 @@ fn a_good_backup_is_proven_and_a_damaged_one_found() {
         "the newest verified one and the newest good one stay, the damaged one goes: {left:?}"
     );
     assert!(
-        ["bad-page", "bad-value", "bad-loss"].iter().all(|name| stage.backup(name).is_none())
+        ["bad-page", "bad-value", "bad-object", "bad-loss"].iter().all(|name| stage.backup(name).is_none())
             && stage.backup("good").is_some()
     );
 }

@@ -1,6 +1,6 @@
 //! What operations stand on fails in the middle of them: the leader, Ceph, the API server, PostgreSQL.
 
-use howdah_lab::stage::{LEAD_LIMIT, Restored, Stage};
+use howdah_lab::stage::{LEAD_LIMIT, Node, Restored, Stage};
 use std::thread;
 use std::time::Duration;
 
@@ -15,7 +15,6 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::gate::{Gate, When};
-use crate::node::Node;
 
 /// How long a daemon hangs: longer than a leader may go without renewing its lease (10 s), so that its term ends.
 const HANG: Duration = Duration::from_secs(13);

@@ -1,6 +1,6 @@
 //! Restores into another StatefulSet, beside a database that runs on.
 
-use howdah_lab::stage::{Place, START_LIMIT, Stage, name_of};
+use howdah_lab::stage::{Node, Place, START_LIMIT, Stage, acknowledged, name_of};
 use std::slice;
 
 use howdah_core::lineage;
@@ -10,7 +10,7 @@ use howdah_lab::process::wait_until;
 use serde_json::{Value, json};
 
 use crate::gate::{Gate, When};
-use crate::node::{Killer, Node, acknowledged};
+use crate::killer::Killer;
 
 /// What `kubectl howdah restore db --into db-copy` would create: the StatefulSet, the claim and the restore.
 fn copy(stage: &Stage, source: &Node<'_>, place: &Place) -> [Value; 3] {

@@ -2,11 +2,9 @@
 //! as its time lasts or anything depends on it, and no longer.
 
 use howdah_core::lineage::{self, Predecessor};
-use howdah_lab::stage::{Stage, name_of};
+use howdah_lab::stage::{Node, Stage, name_of};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::json;
-
-use crate::node::Node;
 
 #[test]
 fn backups_of_two_images_are_judged_as_one_and_the_one_set_aside_goes_when_nothing_needs_it() {

@@ -1,6 +1,6 @@
 //! Restores of real databases, each in the place that it lies in.
 
-use howdah_lab::stage::{BACKUP_LIMIT, START_LIMIT, Stage};
+use howdah_lab::stage::{BACKUP_LIMIT, Node, START_LIMIT, Stage, acknowledged};
 use std::slice;
 use std::thread;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use howdah_lab::process::wait_until;
 use howdah_lab::storage::claim::wait_slowly;
 use serde_json::{Value, json};
 
-use crate::node::{Killer, Node, SWAP_PHASES, acknowledged};
+use crate::killer::{Killer, SWAP_PHASES};
 
 #[test]
 fn a_swap_under_load_holds_every_row_of_the_backup_and_is_undone_to_the_last_row() {

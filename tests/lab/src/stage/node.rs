@@ -1,42 +1,25 @@
 //! A stand-in for the node of a database: it ends the server when its pod goes, and starts it on the volume when a pod is
-//! there again. And what tests of restores do with it.
+//! there again. And what restores do with it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use howdah_core::restore::{Method, Phase, RestoreStatus};
 use howdah_core::{backup, names};
-use howdah_lab::ceph::POOL;
-use howdah_lab::netns::BRIDGE_ADDRESS;
-use howdah_lab::postgres::{DEBIAN_MAJOR, PASSWORD};
-use howdah_lab::process::wait_until;
-use howdah_lab::stage::{Database, Place, RESTORE_LIMIT, START_LIMIT, Server, Stage, name_of};
-use howdah_lab::storage::claim::{Claim, wait_slowly};
-use howdah_lab::testing::Process;
-use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::linger::Linger;
+use super::{Database, Place, RESTORE_LIMIT, START_LIMIT, Server, Stage, name_of};
+use crate::ceph::POOL;
+use crate::netns::BRIDGE_ADDRESS;
+use crate::postgres::{DEBIAN_MAJOR, PASSWORD};
+use crate::process::wait_until;
+use crate::storage::claim::{Claim, wait_slowly};
+use crate::testing::Process;
 
 /// Between two looks of the stand-in at its pod.
 const LOOK: Duration = Duration::from_millis(200);
-/// Between two looks at the phase of a restore, which lingers in it for seconds.
-const STEP: Duration = Duration::from_millis(10);
-/// The phases of a swap that end in an effect.
-pub const SWAP_PHASES: [Phase; 10] = [
-    Phase::Gating,
-    Phase::Stopping,
-    Phase::Proving,
-    Phase::Preparing,
-    Phase::SettingAside,
-    Phase::Placing,
-    Phase::Bookkeeping,
-    Phase::Starting,
-    Phase::Answering,
-    Phase::Opening,
-];
 /// Each a process, so that a commit is acknowledged or not, and never lost in a pipe. What it prints was acknowledged. The
 /// pause leaves the processors to what is tested.
 const LEDGER: &str = "n=0; while n=$((n + 1)); do \
@@ -44,8 +27,11 @@ const LEDGER: &str = "n=0; while n=$((n + 1)); do \
 
 /// What a node does for the one pod of a StatefulSet.
 pub struct Node<'a> {
+    /// The stage it is on.
     pub stage: &'a Stage,
+    /// Name of the StatefulSet.
     pub name: String,
+    /// The image as POOL/NAME.
     pub image: String,
     place: Place,
     /// The server, and the uid of the pod it runs for.
@@ -54,6 +40,7 @@ pub struct Node<'a> {
 }
 
 impl<'a> Node<'a> {
+    /// Takes over a database that runs.
     pub fn of(database: Database<'a>) -> Self {
         let Database { stage, name, image, server } = database;
         let place = server.place().clone();
@@ -103,10 +90,12 @@ impl<'a> Node<'a> {
         self.stage.show_ready(&self.name);
     }
 
+    /// Name, port and directory of its server.
     pub fn place(&self) -> &Place {
         &self.place
     }
 
+    /// What a query answers, a row a line.
     pub fn sql(&self, query: &str) -> String {
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         running.as_ref().unwrap().1.sql(query)
@@ -121,6 +110,7 @@ impl<'a> Node<'a> {
         self.stage.lab.spawn_inside(&format!("ledger-{}", self.place.port()), &shell).unwrap()
     }
 
+    /// Asks for a backup by hand.
     pub fn order_backup(&self, name: &str) {
         let spec = json!({"statefulSet": self.name});
         self.stage.apply(&json!({"apiVersion": "howdah.dev/v1alpha1", "kind": "PostgresBackup",
@@ -135,6 +125,7 @@ impl<'a> Node<'a> {
         status
     }
 
+    /// Asks for a restore by hand.
     pub fn order(&self, name: &str, what: Value) {
         let mut spec = json!({"statefulSet": self.name});
         spec.as_object_mut().unwrap().extend(what.as_object().unwrap().clone());
@@ -142,6 +133,7 @@ impl<'a> Node<'a> {
             "metadata": {"name": name}, "spec": spec}));
     }
 
+    /// Waits until a restore is over.
     pub fn wait_over(&self, restore: &str) -> RestoreStatus {
         let status = || self.stage.restore(restore).unwrap_or_default();
         let over = wait_until(RESTORE_LIMIT, || status().phase.is_terminal());
@@ -157,6 +149,7 @@ impl<'a> Node<'a> {
         status
     }
 
+    /// Panics unless the restore went well and left nothing.
     pub fn check_completed(&self, status: &RestoreStatus) {
         assert_eq!(status.phase, Phase::Completed, "{status:#?}");
         assert!(status.proofs.iter().all(|proof| proof.holds) && status.failure.is_none(), "{status:#?}");
@@ -211,22 +204,30 @@ impl<'a> Node<'a> {
 
     /// Waits until its server runs.
     pub fn wait_up(&self) {
-        let back = || self.running.lock().unwrap_or_else(PoisonError::into_inner).is_some();
-        assert!(wait_until(RESTORE_LIMIT, back));
+        assert!(wait_until(RESTORE_LIMIT, || self.is_up()));
     }
 
+    /// Whether its server runs.
+    pub fn is_up(&self) -> bool {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// A field of the StatefulSet.
     pub fn field(&self, jsonpath: &str) -> String {
         self.stage.kubectl(&["get", "statefulset", &self.name, "-o", &format!("jsonpath={jsonpath}")])
     }
 
+    /// What holds its gate closed; nothing when it is open.
     pub fn gate(&self) -> String {
         self.field(r"{.metadata.annotations.howdah\.dev/gate}")
     }
 
+    /// The claim of its volume.
     pub fn claim(&self) -> Claim {
         Claim::bound(&self.stage.lab, self.stage.namespace.name(), &format!("data-{}-0", self.name)).unwrap()
     }
 
+    /// The id of an image, POOL/NAME.
     pub fn id(&self, image: &str) -> String {
         let info = self.stage.lab.rbd(&["info", "--format", "json", image]).unwrap();
         serde_json::from_str::<Value>(&info).unwrap()["id"].as_str().unwrap().to_owned()
@@ -239,62 +240,7 @@ impl<'a> Node<'a> {
     }
 }
 
+/// The rows that a writer was acknowledged so far, in order.
 pub fn acknowledged(ledger: &Process) -> Vec<u32> {
     ledger.output().unwrap().lines().filter_map(|line| line.parse().ok()).collect()
-}
-
-/// A scheduler that is killed in the phases of restores, and started again as a container is: under the same name, so that it
-/// leads at once.
-pub struct Killer<'a> {
-    stage: &'a Stage,
-    linger: Linger<'a>,
-    scheduler: Process,
-    /// Each listens on a port of its own: the last one's may be in use for a moment.
-    port: u16,
-}
-
-impl<'a> Killer<'a> {
-    pub fn new(stage: &'a Stage) -> Self {
-        let port = 18081;
-        let scheduler = stage.scheduler("scheduler-killed", port);
-        Self { stage, linger: Linger::of_restores(stage), scheduler, port }
-    }
-
-    /// Orders restores by `order` and kills the scheduler in each of these phases that one of them comes to; all have to be
-    /// come to.
-    pub fn kill_in(&mut self, phases: &[Phase], restores: &[String], order: impl FnOnce()) {
-        let mut pending = phases.to_vec();
-        self.linger.only_in(pending.iter().map(|phase| phase.as_str()));
-        order();
-        let mut last = Instant::now();
-        while !pending.is_empty() {
-            assert!(last.elapsed() < RESTORE_LIMIT, "no restore came to {pending:?}");
-            let now = self.stage.restore_phases(restores);
-            assert_eq!(now.len(), restores.len(), "a record is missing");
-            if now.iter().any(|phase| pending.contains(phase)) {
-                self.scheduler.signal(Signal::SIGKILL).unwrap();
-                assert!(self.scheduler.wait_gone(RESTORE_LIMIT));
-                let killed = self.stage.restore_phases(restores);
-                let late: Vec<_> = now.iter().zip(&killed).filter(|(seen, end)| seen != end).collect();
-                assert!(!late.iter().any(|(seen, _)| pending.contains(seen)), "it ended its phase: {late:?}");
-                pending.retain(|phase| !now.contains(phase));
-                self.linger.only_in(pending.iter().map(|phase| phase.as_str()));
-                self.port += 1;
-                self.scheduler = self.stage.launch_scheduler("scheduler-killed", self.port);
-                last = Instant::now();
-                continue;
-            }
-            let over = now.iter().all(|phase| phase.is_terminal());
-            assert!(
-                !over,
-                "over before seen in {pending:?}: {:#?}",
-                restores.iter().map(|name| self.stage.restore(name))
-            );
-            thread::sleep(STEP);
-        }
-    }
-
-    pub fn end(self) {
-        self.scheduler.stop().unwrap();
-    }
 }
