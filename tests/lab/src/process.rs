@@ -32,8 +32,10 @@ const KILL_LIMIT: Duration = Duration::from_secs(30);
 /// The longest a command that is run to its end may take: the longest build, from nothing on two busy cores,
 /// took seven minutes.
 const COMMAND_LIMIT: Duration = Duration::from_secs(45 * 60);
-/// How often a condition is looked at again.
+/// How soon a condition is looked at again, at first.
 const POLL: Duration = Duration::from_millis(25);
+/// And at last: many a look starts a process, and what takes minutes need not be seen at once.
+const POLL_MAX: Duration = Duration::from_millis(250);
 /// How much of a log is shown when its process fails.
 const LOG_TAIL_BYTES: u64 = 3000;
 
@@ -409,15 +411,18 @@ pub fn wait_until(limit: Duration, mut condition: impl FnMut() -> bool) -> bool 
     wait_some(limit, || condition().then_some(())).is_some()
 }
 
-/// Polls `look` until it gives something; gives nothing when it did not within `limit`.
+/// Polls `look` until it gives something; gives nothing when it did not within `limit`. The longer it has taken, the less
+/// often.
 pub fn wait_some<T>(limit: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
-    let deadline = Instant::now() + limit;
+    let begun = Instant::now();
     loop {
         let found = look();
-        if found.is_some() || Instant::now() >= deadline {
+        let passed = begun.elapsed();
+        if found.is_some() || passed >= limit {
             return found;
         }
-        thread::sleep(POLL);
+        // What was waited for is seen a tenth of the time too late at most.
+        thread::sleep((passed / 10).clamp(POLL, POLL_MAX));
     }
 }
 

@@ -1,6 +1,6 @@
 //! Backups, restores and undos of a database under load, in a random order, by a scheduler that is killed at random moments,
-//! for as long as `HOWDAH_SOAK_SECONDS` says. After each of them the rows are counted against a ledger of acknowledged
-//! commits, and nothing may be left over.
+//! or stopped until another one leads, for as long as `HOWDAH_SOAK_SECONDS` says. After each of them the rows are counted
+//! against a ledger of acknowledged commits, and nothing may be left over.
 //!
 //! `make soak` runs it; the tests of the storage level kill at every phase, this one anywhere in between. The seed that it
 //! prints repeats its choices (`HOWDAH_SOAK_SEED`), not its moments.
@@ -38,18 +38,37 @@ const KILLS_MAX: u32 = 4;
 const KILL_AFTER_MS: Range<u64> = 0..6000;
 /// From a kill to the start of the next scheduler.
 const DEAD_MS: Range<u64> = 0..1500;
+/// One fault in so many is no kill: the scheduler is stopped, as with the machine under it, and another one takes over.
+const FREEZE_ONE_IN: u32 = 5;
+/// From the stop to where the stopped one goes on with what it was about to do. A lease is lost after 15 s.
+const FROZEN_MS: Range<u64> = 0..30_000;
+/// How long it then goes on beside the other.
+const WOKEN: Duration = Duration::from_secs(3);
+/// The schedulers: one leads, and one may be stopped.
+const NAMES: [&str; 2] = ["scheduler-soak-a", "scheduler-soak-b"];
 /// Each scheduler listens on a port of its own: the last one's may be in use for a moment.
 const PORTS: Range<u16> = 18100..18400;
 /// Rows between two operations.
 const ROWS: usize = 10;
+
+/// A scheduler that was stopped, and goes on for a while beside the one that leads by then.
+struct Frozen {
+    process: Process,
+    wakes: Instant,
+    woken: bool,
+}
 
 /// The database, and what was promised of it.
 struct Soak<'a> {
     stage: &'a Stage,
     node: &'a Node<'a>,
     rng: Rng,
+    /// Which of [`NAMES`] leads, or will.
+    name: usize,
     scheduler: Process,
     port: u16,
+    /// One that was stopped.
+    frozen: Option<Frozen>,
     writer: Process,
     /// What has to be in the database, without what the writer was acknowledged since.
     base: BTreeSet<u32>,
@@ -62,6 +81,7 @@ struct Soak<'a> {
     /// Operations so far.
     count: u32,
     kills: u32,
+    freezes: u32,
     refused: u32,
     clones: u32,
 }
@@ -69,14 +89,16 @@ struct Soak<'a> {
 impl<'a> Soak<'a> {
     fn new(stage: &'a Stage, node: &'a Node<'a>, rng: Rng) -> Self {
         let port = PORTS.start;
-        let scheduler = stage.scheduler("scheduler-soak", port);
+        let scheduler = stage.scheduler(NAMES[0], port);
         let writer = node.ledger();
         Self {
             stage,
             node,
             rng,
+            name: 0,
             scheduler,
             port,
+            frozen: None,
             writer,
             base: BTreeSet::new(),
             since: 0,
@@ -84,6 +106,7 @@ impl<'a> Soak<'a> {
             undoable: Vec::new(),
             count: 0,
             kills: 0,
+            freezes: 0,
             refused: 0,
             clones: 0,
         }
@@ -135,7 +158,7 @@ impl<'a> Soak<'a> {
         let killed = self.kill_until(|soak| soak.stage.status(&name).phase.is_terminal());
         let status = self.stage.status(&name);
         eprintln!(
-            "{name}: {} ({:?}) in attempt {}, {killed} kills, {} rows",
+            "{name}: {} ({:?}) in attempt {}, {killed} faults, {} rows",
             status.phase.as_str(),
             status.consistency,
             status.attempt,
@@ -180,7 +203,7 @@ impl<'a> Soak<'a> {
             soak.stage.restore(&name).is_some_and(|status| status.phase.is_terminal())
         });
         let status = self.stage.restore(&name).unwrap();
-        eprintln!("{name}: {what} {} ({:?}), {killed} kills", status.phase.as_str(), status.method);
+        eprintln!("{name}: {what} {} ({:?}), {killed} faults", status.phase.as_str(), status.method);
         if status.phase == Phase::Failed {
             self.accept_refusal(&status);
             return None;
@@ -219,32 +242,71 @@ impl<'a> Soak<'a> {
         self.clones += 1;
     }
 
-    /// Kills the scheduler at random moments until `over`; says how often.
+    /// Kills or stops the scheduler at random moments until `over`; says how often.
     fn kill_until(&mut self, mut over: impl FnMut(&Self) -> bool) -> u32 {
         let begun = Instant::now();
         let mut left = self.rng.u32(0..=KILLS_MAX);
-        let mut kill_at = self.after(KILL_AFTER_MS);
-        let mut killed = 0;
+        let mut next = self.after(KILL_AFTER_MS);
+        let mut faults = 0;
         while !over(self) {
             assert!(begun.elapsed() < OPERATION_LIMIT, "{}", self.scheduler.output().unwrap());
-            if left > 0 && Instant::now() >= kill_at {
-                self.scheduler.signal(Signal::SIGKILL).unwrap();
-                assert!(self.scheduler.wait_gone(RESTORE_LIMIT));
-                let start_at = self.after(DEAD_MS);
-                while Instant::now() < start_at {
-                    over(self);
-                    thread::sleep(LOOK);
+            self.thaw();
+            if left > 0 && Instant::now() >= next {
+                if self.frozen.is_none() && self.rng.u32(0..FREEZE_ONE_IN) == 0 {
+                    self.freeze();
+                } else {
+                    self.scheduler.signal(Signal::SIGKILL).unwrap();
+                    assert!(self.scheduler.wait_gone(RESTORE_LIMIT));
+                    let start_at = self.after(DEAD_MS);
+                    while Instant::now() < start_at {
+                        over(self);
+                        thread::sleep(LOOK);
+                    }
+                    // Under the same name, as a container is started again: it leads at once.
+                    self.scheduler = self.launch();
+                    self.kills += 1;
                 }
-                self.port = if self.port + 1 == PORTS.end { PORTS.start } else { self.port + 1 };
-                // Under the same name, as a container is started again: it leads at once.
-                self.scheduler = self.stage.launch_scheduler("scheduler-soak", self.port);
-                (left, killed) = (left - 1, killed + 1);
-                kill_at = self.after(KILL_AFTER_MS);
+                (left, faults) = (left - 1, faults + 1);
+                next = self.after(KILL_AFTER_MS);
             }
             thread::sleep(LOOK);
         }
-        self.kills += killed;
-        killed
+        while let Some(frozen) = &mut self.frozen {
+            if !frozen.woken {
+                frozen.wakes = Instant::now();
+            }
+            self.thaw();
+            thread::sleep(LOOK);
+        }
+        faults
+    }
+
+    fn launch(&mut self) -> Process {
+        self.port = if self.port + 1 == PORTS.end { PORTS.start } else { self.port + 1 };
+        self.stage.launch_scheduler(NAMES[self.name], self.port)
+    }
+
+    /// Stops the scheduler, and starts the other one, which leads when the lease is lost.
+    fn freeze(&mut self) {
+        self.scheduler.signal(Signal::SIGSTOP).unwrap();
+        self.name = 1 - self.name;
+        let other = self.launch();
+        let process = std::mem::replace(&mut self.scheduler, other);
+        self.frozen = Some(Frozen { process, wakes: self.after(FROZEN_MS), woken: false });
+        self.freezes += 1;
+    }
+
+    /// Lets a stopped scheduler go on when it is time, and ends it when it has gone on for a while.
+    fn thaw(&mut self) {
+        let Some(frozen) = &mut self.frozen else { return };
+        if !frozen.woken && Instant::now() >= frozen.wakes {
+            frozen.process.signal(Signal::SIGCONT).unwrap();
+            frozen.woken = true;
+        }
+        if frozen.woken && frozen.wakes.elapsed() >= WOKEN {
+            frozen.process.signal(Signal::SIGKILL).unwrap();
+            self.frozen = None;
+        }
     }
 
     fn after(&mut self, ms: Range<u64>) -> Instant {
@@ -314,8 +376,10 @@ fn no_acknowledged_row_is_lost_and_nothing_is_left_whenever_the_scheduler_is_kil
         while begun.elapsed() < limit {
             soak.step();
         }
-        let Soak { count, kills, refused, clones, scheduler, writer, .. } = soak;
-        eprintln!("{count} operations, {kills} kills, {refused} refusals, {clones} clones started");
+        let Soak { count, kills, freezes, refused, clones, scheduler, writer, .. } = soak;
+        eprintln!(
+            "{count} operations, {kills} kills, {freezes} stops, {refused} refusals, {clones} clones started"
+        );
         writer.stop().unwrap();
         scheduler.stop().unwrap();
     });

@@ -7,12 +7,12 @@ use howdah_lab::install;
 use howdah_lab::lab::Lab;
 use howdah_lab::testing::shared_name;
 
+mod attach;
 mod backup;
+mod copies;
 mod drain;
 mod drills;
-mod in_use;
 mod installed;
-mod restore;
 mod storage;
 
 /// Nodes of the cluster that the tests of this binary share: from one a database can move to the other. A third would take

@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use crate::linger::Linger;
 
 /// Between two looks at the phase of a restore, which lingers in it for seconds.
-const STEP: Duration = Duration::from_millis(10);
+const STEP: Duration = Duration::from_millis(100);
 /// The phases of a swap that end in an effect.
 pub const SWAP_PHASES: [Phase; 10] = [
     Phase::Gating,

@@ -1,5 +1,5 @@
 //! A restore where everything is as in production: kubelet, krbd and the CSI driver stage the image that took the place,
-//! and the webhook guards the gate.
+//! and the webhook guards the gate. Named so that it begins early: it takes the longest.
 
 use std::time::Duration;
 

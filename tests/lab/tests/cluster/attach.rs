@@ -1,14 +1,40 @@
-//! A volume that somebody else watches goes to no pod. Apart from the other tests of storage, and named so that it begins
-//! before them: it mostly waits.
+//! What kubelet takes minutes to notice of a volume. Apart from the other tests of storage, and named so that they begin
+//! before all others: they mostly wait.
 
 use std::time::Duration;
 
+use howdah_lab::lab::Lab;
 use howdah_lab::storage::claim::{Claim, wait_slowly};
 
-use crate::storage::{CLASS, SOON, delete_pod, lab, start_pod, wait_running};
+use crate::storage::{CLASS, POD_LIMIT, SHARED_CLASS, SOON, delete_pod, exec, lab, start_pod, wait_running};
 
 /// ceph-csi polls for 56 s before it refuses; kubelet tells of it then.
 const REFUSAL_LIMIT: Duration = Duration::from_secs(300);
+
+#[test]
+fn a_volume_grows_under_its_pod() {
+    let lab = lab();
+    let namespace = lab.namespace("grows").unwrap();
+    let namespace = namespace.name();
+    let claim = Claim::create(&lab, namespace, "data", SHARED_CLASS, "1Gi").unwrap();
+    start_pod(&lab, namespace, "pod", &claim, "echo kept >/data/file; exec sleep 3600");
+    wait_running(&lab, namespace, "pod");
+    let size = |lab: &Lab| -> u64 {
+        exec(lab, namespace, "pod", "df --output=size --block-size=1M /data | tail -n 1")
+            .trim()
+            .parse()
+            .unwrap()
+    };
+    assert!((900..1024).contains(&size(&lab)), "{} MiB", size(&lab));
+    let more = r#"{"spec":{"resources":{"requests":{"storage":"2Gi"}}}}"#;
+    lab.kubectl_ok(&["patch", "pvc", "data", "-n", namespace, "--patch", more]).unwrap();
+    let capacity = ["get", "pvc", "data", "-n", namespace, "-o", "jsonpath={.status.capacity.storage}"];
+    assert!(wait_slowly(POD_LIMIT, || lab.kubectl_ok(&capacity).unwrap() == "2Gi"), "the claim did not grow");
+    assert!((1900..2048).contains(&size(&lab)), "{} MiB", size(&lab));
+    assert_eq!(exec(&lab, namespace, "pod", "cat /data/file"), "kept\n");
+    delete_pod(&lab, namespace, "pod");
+    claim.delete().unwrap();
+}
 
 #[test]
 fn staging_is_refused_while_somebody_else_watches_the_image() {
