@@ -32,6 +32,10 @@ pub struct Args {
     /// Backups that may be under way at the same time in the whole cluster.
     #[arg(long, env = "HOWDAH_CONCURRENCY", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub concurrency: u16,
+    /// Backups that may be under way at the same time in one pool. Where there are several pools, more places in the cluster
+    /// than in a pool let a slow one hold up none but its own.
+    #[arg(long, env = "HOWDAH_CONCURRENCY_PER_POOL", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub concurrency_per_pool: u16,
     /// Where the rbd command runs: `local`, in the scheduler's own container, or `toolbox`, in the pod of Rook's.
     #[arg(long, env = "HOWDAH_CEPH_RUNNER", default_value = "local")]
     pub ceph_runner: CephRunner,

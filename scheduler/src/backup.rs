@@ -1,6 +1,5 @@
 //! A backup as the driver in [`crate::run`] sees it: what is ordered, and how `core::backup` and [`Effects`] fit in.
 
-use anyhow::Context as _;
 use howdah_adapters::leader::Mandate;
 use howdah_adapters::records::PostgresBackup;
 use howdah_core::annotations::{self, Settings, WantedConsistency};
@@ -17,14 +16,14 @@ use crate::run::{self, Operation};
 /// # Errors
 /// If the record cannot be read or written any more; the next run resumes from it.
 pub async fn run(cx: &Context, namespace: &str, name: &str, mandate: &Mandate) -> anyhow::Result<()> {
-    let _permit = tokio::select! {
+    let place = tokio::select! {
         () = mandate.ended() => return Ok(()),
-        permit = cx.permits.acquire() => permit.context("wait for a free place")?,
+        place = cx.places.enter() => place,
     };
     let run = run::run(cx, namespace, name, mandate, |record| {
         let settings = settings_of(cx, namespace, record);
         let order = order_of(record, settings.as_ref().ok());
-        Effects::new(cx, record, order, settings)
+        Effects::new(cx, record, order, settings, place)
     });
     // On the heap from here on: ten thousand may wait for a place, and each would be as large as one that runs.
     Box::pin(run).await

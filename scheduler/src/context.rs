@@ -1,15 +1,14 @@
 //! What every part of the scheduler shares.
 
-use std::sync::Arc;
-
 use howdah_adapters::kubernetes::Kubernetes;
 use howdah_core::preflight::HealthCheck;
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use crate::args::Args;
 use crate::cache::Caches;
 use crate::metrics::Metrics;
+use crate::places::Places;
 
 /// The parts of a running scheduler.
 #[derive(Debug)]
@@ -22,8 +21,8 @@ pub struct Context {
     pub caches: Caches,
     /// The metrics.
     pub metrics: Metrics,
-    /// One permit for each backup that may be under way.
-    pub permits: Arc<Semaphore>,
+    /// How many backups may be under way.
+    pub places: Places,
     /// What Ceph's health check found, and when.
     pub health: Mutex<Option<(Instant, Vec<HealthCheck>)>>,
 }

@@ -20,6 +20,7 @@ use kube::runtime::events::{Event as ClusterEvent, EventType};
 use tracing::{info, warn};
 
 use crate::context::Context;
+use crate::places::Place;
 use crate::prune::Pruning;
 
 /// How long each effect may take, beyond the limits of the single calls inside.
@@ -38,6 +39,21 @@ fn limit_of(effect: &Effect) -> Duration {
         Effect::AbandonBackupMode | Effect::Announce => 30,
         // As long as `core` says.
         Effect::Wait { .. } => 3600,
+    })
+}
+
+/// The answer of a part of an effect, or that it took too long.
+async fn within<T>(
+    limit: Duration,
+    phase: Phase,
+    part: impl Future<Output = Result<T, Problem>>,
+) -> Result<T, Problem> {
+    tokio::time::timeout(limit, part).await.unwrap_or_else(|_| {
+        Err(Problem::new(
+            FailureKind::Transient,
+            format!("{} took longer than {} s", phase.as_str(), limit.as_secs()),
+            "look at the load of the database and of Ceph",
+        ))
     })
 }
 
@@ -61,17 +77,19 @@ pub struct Effects<'a> {
     settings: Result<Settings, String>,
     held: Held,
     ceph: Option<Ceph>,
+    place: Place,
 }
 
 impl<'a> Effects<'a> {
-    /// Nothing is open yet. `settings` may be what is wrong with them.
+    /// Nothing is open yet. `settings` may be what is wrong with them; `place` is one in the cluster.
     pub fn new(
         cx: &'a Context,
         backup: &PostgresBackup,
         order: Order,
         settings: Result<Settings, String>,
+        place: Place,
     ) -> Self {
-        Self { cx, backup: backup.clone(), order, settings, held: Held::Nothing, ceph: None }
+        Self { cx, backup: backup.clone(), order, settings, held: Held::Nothing, ceph: None, place }
     }
 
     fn namespace(&self) -> String {
@@ -86,28 +104,23 @@ impl<'a> Effects<'a> {
     /// Performs `effect` within its limit; `None` for those that end in no event.
     pub async fn perform_within_limit(&mut self, effect: &Effect, status: &BackupStatus) -> Option<Event> {
         let limit = limit_of(effect);
-        match tokio::time::timeout(limit, self.perform_unbounded(effect, status)).await {
-            Ok(Ok(event)) => event,
-            Ok(Err(problem)) => {
-                warn!(
-                    backup = self.backup.name_any(),
-                    phase = status.phase.as_str(),
-                    reason = problem.reason,
-                    cure = problem.cure,
-                    "backup step failed"
-                );
-                Some(Event::Failed(problem))
-            }
-            Err(_) => {
-                // Whatever a timed-out call left behind in the session is not to be trusted.
-                self.held = Held::Nothing;
-                Some(Event::Failed(Problem::new(
-                    FailureKind::Transient,
-                    format!("{} took longer than {} s", status.phase.as_str(), limit.as_secs()),
-                    "look at the load of the database and of Ceph",
-                )))
-            }
-        }
+        let performed = match effect {
+            // It waits for others in between, and has its limits inside.
+            Effect::Preflight => self.perform_unbounded(effect, status).await,
+            _ => within(limit, status.phase, self.perform_unbounded(effect, status)).await,
+        };
+        performed.unwrap_or_else(|problem| {
+            // What a call that failed or took too long left behind in the session is not to be trusted.
+            self.held = Held::Nothing;
+            warn!(
+                backup = self.backup.name_any(),
+                phase = status.phase.as_str(),
+                reason = problem.reason,
+                cure = problem.cure,
+                "backup step failed"
+            );
+            Some(Event::Failed(problem))
+        })
     }
 
     async fn perform_unbounded(
@@ -116,7 +129,8 @@ impl<'a> Effects<'a> {
         status: &BackupStatus,
     ) -> Result<Option<Event>, Problem> {
         Ok(match effect {
-            Effect::Preflight => Some(Event::PreflightPassed(Box::new(Box::pin(self.preflight()).await?))),
+            // On the heap: this is the largest of them by far, and each is as large as the largest.
+            Effect::Preflight => Some(Box::pin(self.preflight_in_its_pool(limit_of(effect))).await?),
             Effect::StartBackupMode { label } => Some(self.start_backup_mode(label).await?),
             Effect::TakeSnapshot { name } => Some(self.take_snapshot(image_of(status)?, name).await?),
             Effect::FindSnapshot { name } => {
@@ -141,16 +155,48 @@ impl<'a> Effects<'a> {
                 self.remove_snapshot(image_of(status)?, name).await?;
                 Some(Event::Undone)
             }
-            Effect::Wait { until } => {
-                let left = until.duration_since(Timestamp::now());
-                tokio::time::sleep(Duration::try_from(left).unwrap_or_default()).await;
-                Some(Event::RetryDue)
-            }
+            Effect::Wait { until } => self.wait(*until, status).await,
             Effect::Announce => {
                 self.announce(status).await;
                 None
             }
         })
+    }
+
+    /// The preflight, with a place in the pool that the database lies in. That place is waited for outside of `limit`:
+    /// others may hold the pool for long.
+    async fn preflight_in_its_pool(&mut self, limit: Duration) -> Result<Event, Problem> {
+        let mut found = within(limit, Phase::Preflight, Box::pin(self.find_database())).await?;
+        let pool = found.volume.pool.clone();
+        if self.cx.places.enter_pool(&mut self.place, &pool).await {
+            if Timestamp::now() > self.order.deadline {
+                return Err(Problem::new(
+                    FailureKind::Transient,
+                    format!("other backups were under way in the pool {pool} until the deadline of this one"),
+                    "spread the schedules, or give the scheduler more places (HOWDAH_CONCURRENCY_PER_POOL)",
+                ));
+            }
+            // Much may have happened meanwhile.
+            found = within(limit, Phase::Preflight, Box::pin(self.find_database())).await?;
+        }
+        let facts = within(limit, Phase::Preflight, Box::pin(self.preflight(found))).await?;
+        Ok(Event::PreflightPassed(Box::new(facts)))
+    }
+
+    /// Waits with its place free for others: four databases that cannot be backed up would hold up all.
+    async fn wait(&mut self, until: Timestamp, status: &BackupStatus) -> Option<Event> {
+        let left = Duration::try_from(until.duration_since(Timestamp::now())).unwrap_or_default();
+        self.place = Place::default();
+        // Nothing is under way: a tick takes it up again when it is time. Ten thousand may wait so.
+        if status.phase == Phase::Waiting && !left.is_zero() {
+            return None;
+        }
+        tokio::time::sleep(left).await;
+        self.place = self.cx.places.enter().await;
+        if let Some(image) = status.image.as_ref().filter(|_| status.phase != Phase::Waiting) {
+            self.cx.places.enter_pool(&mut self.place, &image.pool).await;
+        }
+        Some(Event::RetryDue)
     }
 
     /// The connection of this run's preflight, or a new one after a restart.

@@ -10,6 +10,7 @@ mod cache;
 mod context;
 mod effects;
 mod metrics;
+mod places;
 mod prune;
 mod restore;
 mod run;
@@ -25,7 +26,7 @@ use howdah_adapters::leader::{Election, LeaderSettings};
 use howdah_adapters::shutdown::{self, Tasks};
 use howdah_adapters::telemetry::{self, Diagnostics, Readiness};
 use tokio::runtime::Runtime;
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -33,6 +34,7 @@ use crate::args::Args;
 use crate::cache::Caches;
 use crate::context::Context;
 use crate::metrics::Metrics;
+use crate::places::Places;
 
 /// Name of the Lease, of the component in events, and of the metrics' `component`.
 const NAME: &str = "howdah-scheduler";
@@ -61,7 +63,7 @@ async fn until_signal(args: Args) -> anyhow::Result<()> {
     let settings = LeaderSettings::new(&args.namespace, NAME, &args.identity);
     let election = Election::new(client.clone(), settings)?;
     let cx = Arc::new(Context {
-        permits: Arc::new(Semaphore::new(usize::from(args.concurrency))),
+        places: Places::new(usize::from(args.concurrency), usize::from(args.concurrency_per_pool)),
         kubernetes: Kubernetes::new(client, NAME),
         caches,
         metrics,

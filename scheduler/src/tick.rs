@@ -224,7 +224,7 @@ impl Term {
         let unreadable = self.quiet.values().filter(|quiet| quiet.unreadable).count();
         self.cx.metrics.unreadable.set(i64::try_from(unreadable).unwrap_or(i64::MAX));
         self.measure(&databases, now);
-        self.take_up(&self.cx.caches.restores());
+        self.take_up(&self.cx.caches.restores(), now);
         self.take_up_drill(&databases, now);
         self.forget(&databases);
         self.cx.metrics.tick_duration.observe(began.elapsed().as_secs_f64());
@@ -343,7 +343,9 @@ impl Term {
                 Ok(_) => {
                     info!(namespace = database.0, database = database.1, slot = %slot, late_ms = late.as_millis(), "slot is due");
                     self.reserved.entry(uid).or_default().insert(slot);
-                    self.spawn(Open { database, name, since: Some(slot), begun: false }.into());
+                    self.spawn(
+                        Open { database, name, since: Some(slot), begun: false, retry_at: None }.into(),
+                    );
                 }
                 // Another leader reserved it and the cache does not show it yet.
                 Err(KubernetesError::AlreadyExists { .. }) => {
@@ -414,9 +416,11 @@ impl Term {
         core_verify::due(now, &known).then_some((key.0, name))
     }
 
-    /// Gives every open operation somebody to run it, one for each database: what was begun first, then by age.
-    fn take_up(&mut self, restores: &[Arc<PostgresRestore>]) {
-        let backups = self.cx.caches.backups().open().into_iter().map(Work::from);
+    /// Gives every open operation somebody to run it, one for each database: what was begun first, then by age. A backup that
+    /// waits for its next attempt is nobody's until then.
+    fn take_up(&mut self, restores: &[Arc<PostgresRestore>], now: Timestamp) {
+        let backups = self.cx.caches.backups().open().into_iter();
+        let backups = backups.filter(|open| open.retry_at.is_none_or(|at| at <= now)).map(Work::from);
         let restores = restores.iter().filter(|restore| restore::is_open(restore));
         let restores = restores.map(|restore| Work::restore(restore));
         let mut open: Vec<Work> = backups.chain(restores).collect();
@@ -553,7 +557,7 @@ struct Work {
 }
 
 impl From<Open> for Work {
-    fn from(Open { database, name, since, begun }: Open) -> Self {
+    fn from(Open { database, name, since, begun, .. }: Open) -> Self {
         Self { key: database, begun, since, name, kind: Kind::Backup }
     }
 }

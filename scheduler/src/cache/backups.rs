@@ -125,8 +125,10 @@ pub struct Open {
     pub name: String,
     /// Its slot, or when the record was created.
     pub since: Option<Timestamp>,
-    /// Whether anything was done for it yet.
+    /// Whether anything is under way: nothing was done yet for one that is new, and everything is undone of one that waits.
     pub begun: bool,
+    /// When its next attempt begins, if it waits for that.
+    pub retry_at: Option<Timestamp>,
 }
 
 /// The backups of one database.
@@ -137,11 +139,18 @@ struct OfDatabase {
     version: u64,
 }
 
+/// What is kept of an open record beyond its entry.
+#[derive(Debug)]
+struct OpenRecord {
+    database: DatabaseKey,
+    retry_at: Option<Timestamp>,
+}
+
 #[derive(Debug, Default)]
 struct Index {
     databases: HashMap<DatabaseKey, OfDatabase>,
-    /// Namespace and name of each open record, and its database.
-    open: HashMap<(String, String), DatabaseKey>,
+    /// Namespace and name of each open record.
+    open: HashMap<(String, String), OpenRecord>,
     /// Namespace and name of each record whose drill is under way or asked for.
     drills: BTreeSet<(String, String)>,
     stuck: usize,
@@ -164,7 +173,10 @@ impl Index {
             self.drills.insert((namespace.clone(), entry.name.to_string()));
         }
         if entry.open {
-            self.open.insert((namespace, entry.name.to_string()), key.clone());
+            let waits = record.status.as_ref().filter(|status| status.phase == Phase::Waiting);
+            let open =
+                OpenRecord { database: key.clone(), retry_at: waits.and_then(|status| status.retry_at) };
+            self.open.insert((namespace, entry.name.to_string()), open);
         }
         let database = self.databases.entry(key).or_default();
         database.version = self.last_version;
@@ -326,14 +338,15 @@ impl Backups {
     #[must_use]
     pub fn open(&self) -> Vec<Open> {
         let index = self.read();
-        let found = index.open.iter().filter_map(|((_, name), database)| {
-            let entries = &index.databases.get(database)?.entries;
+        let found = index.open.iter().filter_map(|((_, name), open)| {
+            let entries = &index.databases.get(&open.database)?.entries;
             let entry = entries.iter().find(|entry| *entry.name == **name)?;
             Some(Open {
-                database: database.clone(),
+                database: open.database.clone(),
                 name: name.clone(),
                 since: entry.since.map(Moment::timestamp),
-                begun: entry.phase != Phase::Reserved,
+                begun: !matches!(entry.phase, Phase::Reserved | Phase::Waiting),
+                retry_at: open.retry_at,
             })
         });
         found.collect()
@@ -415,6 +428,23 @@ mod tests {
         let found: Vec<_> = open.iter().map(|open| (open.name.as_str(), open.begun)).collect();
         assert_eq!(found, [("db-m-1", false), ("db-old", true)]);
         assert_eq!(open[0].since, Some("2026-11-22T09:00:00Z".parse().unwrap()));
+    }
+
+    #[test]
+    fn one_that_waits_says_until_when_and_has_nothing_under_way() {
+        let retry = "2026-11-22T03:00:10Z";
+        let (mut feed, backups) =
+            filled(&[record("db-m-1", "u", None, json!({"phase": "Waiting", "retryAt": retry}))]);
+        let open = backups.open().remove(0);
+        assert_eq!((open.begun, open.retry_at), (false, Some(retry.parse().unwrap())));
+        feed.take(&Event::Apply(record(
+            "db-m-1",
+            "u",
+            None,
+            json!({"phase": "Preflight", "retryAt": retry}),
+        )));
+        let open = backups.open().remove(0);
+        assert_eq!((open.begun, open.retry_at), (true, None));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use howdah_core::annotations::{Consistency, Settings};
 use howdah_core::backup::{Database, Facts, FailureKind, ImageRecord, Problem, Session};
 use howdah_core::names;
 use howdah_core::preflight::{self, DEFAULT_DATA_DIRECTORY, Mount, Place, Server};
+use howdah_core::volume::RbdVolume;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 use kube::{Api, ResourceExt as _};
@@ -28,10 +29,21 @@ const HEALTH_FRESH: Duration = Duration::from_secs(10);
 /// Database that is connected to; it exists unless somebody dropped it, and backup mode is of the whole cluster.
 pub const DATABASE: &str = "postgres";
 
+/// Where a database is, as Kubernetes says it.
+pub(super) struct Found {
+    settings: Settings,
+    pod: Option<Pod>,
+    container: Container,
+    mounts: Vec<Mount>,
+    /// The claim that the data directory lies on.
+    claim: String,
+    /// And its volume.
+    pub(super) volume: RbdVolume,
+}
+
 impl Effects<'_> {
-    /// Finds out whether, how and where the database can be backed up now.
-    pub(super) async fn preflight(&mut self) -> Result<Facts, Problem> {
-        self.held = Held::Nothing;
+    /// Finds the database and its volume.
+    pub(super) async fn find_database(&self) -> Result<Found, Problem> {
         let settings = self.settings.clone().map_err(|problem| {
             Problem::new(
                 FailureKind::Permanent,
@@ -58,7 +70,21 @@ impl Effects<'_> {
         };
         let (container, mounts) = database_container(spec, &claim_name)?;
         let container = container.clone();
+        let claim = preflight::one_claim(&mounts, &places(&container, None))?;
+        let volume = self.volume(&claim).await?;
+        Ok(Found { settings, pod, container, mounts, claim, volume })
+    }
 
+    async fn volume(&self, claim: &str) -> Result<RbdVolume, Problem> {
+        let found = self.cx.kubernetes.rbd_volume(&self.namespace(), claim).await;
+        found.map_err(|error| of_resolve(&error))
+    }
+
+    /// Finds out whether, how and where the database can be backed up now.
+    pub(super) async fn preflight(&mut self, found: Found) -> Result<Facts, Problem> {
+        let Found { settings, pod, container, mounts, claim: of_data, volume } = found;
+        self.held = Held::Nothing;
+        let namespace = self.namespace();
         let running = pod.as_ref().filter(|pod| is_ready(pod));
         let session = match (&pod, running) {
             (None, _) => Session::NotWanted,
@@ -79,8 +105,8 @@ impl Effects<'_> {
         }
         let claim = preflight::one_claim(&mounts, &places(&container, server))?;
 
-        let volume =
-            self.cx.kubernetes.rbd_volume(&namespace, &claim).await.map_err(|error| of_resolve(&error))?;
+        // PostgreSQL may keep its data elsewhere than the pod says.
+        let volume = if claim == of_data { volume } else { self.volume(&claim).await? };
         preflight::volume_fit(&volume, pod.is_some())?;
         let ceph = self.ceph.insert(connect_ceph(self.cx).await?).clone();
         let image = volume.image_spec();

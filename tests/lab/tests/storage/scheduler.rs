@@ -186,3 +186,31 @@ fn a_frozen_node_fails_the_attempt_cleanly_and_its_database_lives_on() {
     assert!(!blocklist.contains(&clients[0]), "the backup blocklisted {}: {blocklist}", clients[0]);
     assert_eq!(database.sql("INSERT INTO ledger VALUES (2); SELECT count(*) FROM ledger"), "2");
 }
+
+#[test]
+fn a_backup_that_waits_for_its_next_attempt_holds_up_no_other() {
+    let stage = Stage::alone();
+    stage.grant();
+    let one = ["--concurrency=1", "--concurrency-per-pool=1"];
+    let scheduler = stage.scheduler_with("scheduler-one", 18081, &one);
+    let database = stage.database("db", json!({}));
+    // Its pod goes to no node, so PostgreSQL cannot be asked.
+    stage.empty_set("broken", "160Mi");
+    stage.kubectl(&["scale", "statefulset", "broken", "--replicas=1"]);
+    assert!(wait_until(START_LIMIT, || stage.pod_uid("broken-0").is_some()));
+    stage.apply(&json!({"apiVersion": "howdah.dev/v1alpha1", "kind": "PostgresBackup",
+        "metadata": {"name": "waits"}, "spec": {"statefulSet": "broken", "consistency": "online"}}));
+    stage.wait_phase("waits", Phase::Waiting);
+    let attempt = stage.status("waits").attempt;
+
+    database.order("other", Some("online"));
+    assert_eq!(stage.wait_over("other").phase, Phase::Taken);
+    let again = || stage.status("waits").attempt > attempt;
+    assert!(wait_until(BACKUP_LIMIT, again), "{:?}\n{}", stage.status("waits"), scheduler.output().unwrap());
+    let begun = |backup: &str, attempt: u32| {
+        let steps = stage.status(backup).steps;
+        steps.into_iter().find(|step| step.attempt == attempt).map(|step| step.started_at).unwrap()
+    };
+    assert!(begun("other", 1) < begun("waits", attempt + 1), "it got its place only after the next attempt");
+    scheduler.stop().unwrap();
+}
