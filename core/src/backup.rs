@@ -14,7 +14,7 @@
 //! Where the pool has no room the preflight leads to `Pruning` and from there to `Waiting`: what retention gives up goes
 //! before anything is added.
 //!
-//! The place of verification (a restore drill) is between `Recording` and `Pruning`; it is not built yet.
+//! A restore drill ([`crate::verify`]) is an operation of its own, on a backup that is `Taken`.
 //!
 //! PostgreSQL leaves backup mode when the session ends (`backup.sgml`), so a process that dies, or drops the
 //! session, never leaves it on.
@@ -199,7 +199,8 @@ pub enum Effect {
         /// The name.
         name: String,
     },
-    /// Wait, then [`Event::RetryDue`].
+    /// Wait, then [`Event::RetryDue`]. In [`Phase::Waiting`] nothing is under way, and whoever runs it may as well leave, and
+    /// come back with [`Event::Resumed`].
     Wait {
         /// Until when.
         until: Timestamp,
@@ -676,6 +677,14 @@ const AT_REST_CLAIM: &str = "there was no pod, no client had the image open, and
 
 /// Most steps a record keeps: six attempts of eight steps, and room for restarts.
 const STEPS_MAX: usize = 64;
+
+/// Whether the next attempt of a backup that waits for `retry_at` begins now. A time further away than any delay is of a clock
+/// that was set back since.
+#[must_use]
+pub fn retry_is_due(retry_at: Timestamp, now: Timestamp) -> bool {
+    let left = retry_at.duration_since(now);
+    !left.is_positive() || left > RETRY_DELAY_MAX
+}
 
 /// The delay after the `n`th try, doubling from [`RETRY_DELAY`] to [`RETRY_DELAY_MAX`].
 fn delay(n: u32) -> SignedDuration {

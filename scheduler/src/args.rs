@@ -27,7 +27,7 @@ pub struct Args {
     #[arg(long, env = "HOWDAH_LISTEN", default_value = "0.0.0.0:8080")]
     pub listen: SocketAddr,
     /// Seconds between two looks at the schedules.
-    #[arg(long, env = "HOWDAH_WAKE_SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=30))]
+    #[arg(long, env = "HOWDAH_WAKE_SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=30))]
     pub wake_seconds: u32,
     /// Backups that may be under way at the same time in the whole cluster.
     #[arg(long, env = "HOWDAH_CONCURRENCY", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]

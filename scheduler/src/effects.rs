@@ -10,11 +10,11 @@ use howdah_adapters::postgres::{BackupLimits, BackupSession, PostgresError, Serv
 use howdah_adapters::records::PostgresBackup;
 use howdah_core::annotations::Settings;
 use howdah_core::backup::{
-    BackupStatus, Effect, Event, FailureKind, ImageRecord, Order, Phase, Problem, SnapshotRecord,
+    self, BackupStatus, Effect, Event, FailureKind, ImageRecord, Order, Phase, Problem, SnapshotRecord,
 };
 use howdah_core::catalogue::Entry;
 use howdah_core::names;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt as _;
 use kube::runtime::events::{Event as ClusterEvent, EventType};
 use tracing::{info, warn};
@@ -185,15 +185,16 @@ impl<'a> Effects<'a> {
 
     /// Waits with its place free for others: four databases that cannot be backed up would hold up all.
     async fn wait(&mut self, until: Timestamp, status: &BackupStatus) -> Option<Event> {
-        let left = Duration::try_from(until.duration_since(Timestamp::now())).unwrap_or_default();
-        self.place = Place::default();
-        // Nothing is under way: a tick takes it up again when it is time. Ten thousand may wait so.
-        if status.phase == Phase::Waiting && !left.is_zero() {
-            return None;
+        let now = Timestamp::now();
+        if status.phase == Phase::Waiting {
+            // Nothing is under way: a tick takes it up again when it is time. Ten thousand may wait so.
+            return backup::retry_is_due(until, now).then_some(Event::RetryDue);
         }
-        tokio::time::sleep(left).await;
+        self.place = Place::default();
+        let left = until.duration_since(now).clamp(SignedDuration::ZERO, backup::RETRY_DELAY_MAX);
+        tokio::time::sleep(left.unsigned_abs()).await;
         self.place = self.cx.places.enter().await;
-        if let Some(image) = status.image.as_ref().filter(|_| status.phase != Phase::Waiting) {
+        if let Some(image) = &status.image {
             self.cx.places.enter_pool(&mut self.place, &image.pool).await;
         }
         Some(Event::RetryDue)

@@ -15,7 +15,7 @@ use howdah_adapters::kubernetes::{KubernetesError, call};
 use howdah_adapters::leader::Mandate;
 use howdah_adapters::records::{PostgresBackup, PostgresBackupSpec, PostgresRestore};
 use howdah_core::annotations::{self, Settings};
-use howdah_core::backup::Trigger;
+use howdah_core::backup::{self as core_backup, Trigger};
 use howdah_core::names;
 use howdah_core::schedule::{self, Decision, Waiting};
 use howdah_core::verify::{self as core_verify, Known};
@@ -35,10 +35,13 @@ use crate::{backup, restore, verify};
 /// Wake-ups in a row that may stay out before the alarm clock is wound again.
 const SILENT_WAKES_MAX: u32 = 4;
 /// Wake-ups between two looks whether a restore drill is due.
-const DRILL_LOOK_WAKES: u32 = 5;
+const DRILL_LOOK_WAKES: u32 = 12;
 /// Slots that are reserved at a time. Thousands may be due in one tick; an API server answers so many at once without haste.
 const RESERVED_AT_A_TIME: usize = 8;
-/// An operation that waits for its place: ten thousand may, when all databases are due at once.
+/// Operations that have somebody to run them, most of whom wait for their place. Four places end some hundred between two
+/// wake-ups when each fails at once; the others wait in the index, where one takes a tenth of the memory.
+const RUNS_MAX: usize = 512;
+/// An operation that waits for its place.
 const WAITING_BYTES_MAX: usize = 1024;
 /// How long running backups may go on after the signal to end: longer than the limits of the steps inside backup
 /// mode together, shorter than the pod's grace period.
@@ -343,9 +346,11 @@ impl Term {
                 Ok(_) => {
                     info!(namespace = database.0, database = database.1, slot = %slot, late_ms = late.as_millis(), "slot is due");
                     self.reserved.entry(uid).or_default().insert(slot);
-                    self.spawn(
-                        Open { database, name, since: Some(slot), begun: false, retry_at: None }.into(),
-                    );
+                    let work =
+                        Open { database, name, since: Some(slot), begun: false, retry_at: None }.into();
+                    if self.has_room_for(&work) {
+                        self.spawn(work);
+                    }
                 }
                 // Another leader reserved it and the cache does not show it yet.
                 Err(KubernetesError::AlreadyExists { .. }) => {
@@ -420,17 +425,23 @@ impl Term {
     /// waits for its next attempt is nobody's until then.
     fn take_up(&mut self, restores: &[Arc<PostgresRestore>], now: Timestamp) {
         let backups = self.cx.caches.backups().open().into_iter();
-        let backups = backups.filter(|open| open.retry_at.is_none_or(|at| at <= now)).map(Work::from);
+        let due = |open: &Open| open.retry_at.is_none_or(|at| core_backup::retry_is_due(at, now));
+        let backups = backups.filter(due).map(Work::from);
         let restores = restores.iter().filter(|restore| restore::is_open(restore));
         let restores = restores.map(|restore| Work::restore(restore));
         let mut open: Vec<Work> = backups.chain(restores).collect();
         open.sort_by(|a, b| (!a.begun, a.since, &a.name).cmp(&(!b.begun, b.since, &b.name)));
         for work in open {
-            let free = !self.busy.contains(&work.key);
+            let free = !self.busy.contains(&work.key) && self.has_room_for(&work);
             if free && (work.kind == Kind::Restore || work.begun || !self.is_held(&work.key)) {
                 self.spawn(work);
             }
         }
+    }
+
+    /// Whether it may be given somebody to run it now. A restore waits for no place, and somebody waits for it.
+    fn has_room_for(&self, work: &Work) -> bool {
+        work.kind == Kind::Restore || self.running.len() < RUNS_MAX
     }
 
     /// Whether an operation holds the database; then no backup of it begins.

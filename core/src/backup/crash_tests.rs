@@ -530,6 +530,15 @@ fn every_phase_answers_every_event() {
     }
 }
 
+#[test]
+fn a_retry_is_due_at_its_time_and_when_the_clock_was_set_back() {
+    let at = slot();
+    let due_before = |seconds| retry_is_due(at, at - SignedDuration::from_secs(seconds));
+    assert!(due_before(0) && due_before(-3600));
+    assert!(!due_before(1) && !due_before(RETRY_DELAY_MAX.as_secs()));
+    assert!(due_before(RETRY_DELAY_MAX.as_secs() + 1));
+}
+
 const PHASES: [Phase; 13] = [
     Phase::Reserved,
     Phase::Preflight,

@@ -13,7 +13,9 @@ use anyhow::{Context, Result, anyhow};
 use crate::files;
 use crate::lab::Lab;
 use crate::netns::{self, BRIDGE_ADDRESS};
-use crate::process::{self, Daemon, Network, output_of, output_within, write_atomically};
+use crate::process::{
+    self, Daemon, Network, ends_with_its_starter, output_of, output_within, write_atomically,
+};
 use crate::storage::users::ENTITIES;
 
 /// The pool for RBD; Rook's examples call it so.
@@ -165,14 +167,14 @@ fn make_monitor_store(lab: &Lab, fsid: &str) -> Result<()> {
     output_of(&mut monmaptool)?;
     let mut make = MONITOR_DAEMON.command(lab);
     make.arg("--mkfs").arg("--monmap").arg(&map).arg("--keyring").arg(lab.path("ceph").join(INITIAL_KEYRING));
-    output_of(&mut make).map(drop)
+    output_of(&mut ends_with_its_starter(&make)).map(drop)
 }
 
 fn make_osd_store(lab: &Lab, uuid: &str) -> Result<()> {
     let mut make = OSD_DAEMON.command(lab);
     // Without --no-mon-config it tries for five minutes to reach the monitor.
     make.args(["--mkfs", "--no-mon-config", "--osd-uuid", uuid]);
-    output_of(&mut make).map(drop)
+    output_of(&mut ends_with_its_starter(&make)).map(drop)
 }
 
 fn write_keyrings(lab: &Lab) -> Result<()> {

@@ -395,6 +395,20 @@ pub fn output_within(command: &mut Command, limit: Duration) -> Result<String> {
     Ok(stdout)
 }
 
+/// The same command, killed as soon as the thread that starts it is gone: for what would go on to write where the next one
+/// begins anew.
+pub fn ends_with_its_starter(command: &Command) -> Command {
+    let mut bound = Command::new("setpriv");
+    bound.args(["--pdeathsig", "KILL", "--"]).arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => bound.env(name, value),
+            None => bound.env_remove(name),
+        };
+    }
+    bound
+}
+
 fn collect(pipe: Option<impl Read + Send + 'static>) -> JoinHandle<Vec<u8>> {
     thread::spawn(move || {
         let mut bytes = Vec::new();
@@ -487,6 +501,20 @@ fn self_and_parents() -> Vec<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_bound_ends_with_the_thread_that_started_it() {
+        let started = thread::spawn(|| {
+            let child = ends_with_its_starter(Command::new("sleep").arg("600")).spawn().unwrap();
+            // It binds itself once it runs.
+            thread::sleep(Duration::from_millis(500));
+            child
+        });
+        let mut child = started.join().unwrap();
+        let ended = wait_until(KILL_LIMIT, || child.try_wait().unwrap().is_some());
+        child.kill().unwrap();
+        assert!(ended, "it outlived its starter");
+    }
 
     #[test]
     fn a_command_name_with_parentheses_does_not_shift_the_fields() {

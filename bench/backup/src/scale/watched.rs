@@ -16,7 +16,7 @@ const START_LIMIT: Duration = Duration::from_secs(600);
 /// Where the scheduler answers, inside the lab's network namespace.
 const DIAGNOSTICS: &str = "127.0.0.1:18099";
 /// Seconds between two ticks: what is installed.
-pub const WAKE_SECONDS: u32 = 5;
+pub const WAKE_SECONDS: u32 = 2;
 
 /// A running scheduler.
 pub struct Scheduler {
