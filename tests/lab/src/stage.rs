@@ -24,12 +24,12 @@ use crate::lab::Lab;
 use crate::mapping::Mapping;
 use crate::netns::BRIDGE_ADDRESS;
 use crate::postgres::{self, Binaries, DEBIAN_MAJOR, PASSWORD};
-use crate::process::{self, TERM_LIMIT, wait_until};
+use crate::process::{self, TERM_LIMIT, wait_some, wait_until};
 use crate::repository;
 use crate::storage::claim::{Claim, wait_slowly};
 use crate::testing::{Process, TempNamespace};
 use futures::{StreamExt as _, pin_mut};
-use howdah_adapters::kubernetes::find;
+use howdah_adapters::kubernetes::{KubernetesError, find};
 use howdah_adapters::records::PostgresBackup;
 use howdah_core::backup::{BackupStatus, Phase};
 use kube::api::ListParams;
@@ -229,7 +229,14 @@ impl Stage {
 
     /// The record; none when it is gone.
     pub fn backup(&self, name: &str) -> Option<PostgresBackup> {
-        self.runtime.block_on(find("get a backup", &self.records(), name)).unwrap()
+        self.ask(|| self.runtime.block_on(find("get a backup", &self.records(), name)))
+    }
+
+    /// Asks again while there is no answer: an API server that was stopped has closed its connections meanwhile.
+    fn ask<T>(&self, look: impl Fn() -> Result<T, KubernetesError>) -> T {
+        let mut last = None;
+        let answer = wait_some(START_LIMIT, || look().map_err(|error| last = Some(error)).ok());
+        answer.unwrap_or_else(|| panic!("{last:?}"))
     }
 
     /// What the record says; nothing yet is the default.

@@ -21,7 +21,7 @@ impl Stage {
 
     /// What the record says; none when there is no such record, or nothing yet.
     pub fn restore(&self, name: &str) -> Option<RestoreStatus> {
-        self.runtime.block_on(find("get a restore", &self.restores(), name)).unwrap()?.status
+        self.ask(|| self.runtime.block_on(find("get a restore", &self.restores(), name)))?.status
     }
 
     /// What the records of all restores say.
