@@ -7,8 +7,10 @@ set -euo pipefail
 # A lab of the tests' own: `make test` neither uses nor disturbs the one of `make demo`.
 export HOWDAH_LAB=test
 lab=$CARGO_TARGET_DIR/debug/howdah-lab
-# Emulated nodes and two cores: more parallel tests only wait for each other.
-threads=3
+# Emulated nodes and two cores: more parallel tests only wait for each other. Those of the cluster level also wait for
+# drains, leases and schedules.
+cluster_threads=4
+nodes_threads=2
 # Tests of the API level wait more than they work: for a certificate to be renewed, for a client that is too slow.
 api_threads=4
 # Tests of the storage level that need a scheduler to themselves would wait for each other in one lab. Three labs and two
