@@ -227,6 +227,16 @@ impl Stage {
         self.runtime.block_on(self.records().list(&ListParams::default())).unwrap().items
     }
 
+    /// Asks for a backup of a StatefulSet by hand, as a user would.
+    pub fn order_backup(&self, set: &str, backup: &str, consistency: Option<&str>) {
+        let mut order = json!({"apiVersion": "howdah.dev/v1alpha1", "kind": "PostgresBackup",
+            "metadata": {"name": backup}, "spec": {"statefulSet": set}});
+        if let Some(class) = consistency {
+            order["spec"]["consistency"] = json!(class);
+        }
+        self.apply(&order);
+    }
+
     /// The record; none when it is gone.
     pub fn backup(&self, name: &str) -> Option<PostgresBackup> {
         self.ask(|| self.runtime.block_on(find("get a backup", &self.records(), name)))
@@ -514,12 +524,7 @@ impl Database<'_> {
 
     /// Asks for a backup by hand, as a user would.
     pub fn order(&self, backup: &str, consistency: Option<&str>) {
-        let mut order = json!({"apiVersion": "howdah.dev/v1alpha1", "kind": "PostgresBackup",
-            "metadata": {"name": backup}, "spec": {"statefulSet": self.name}});
-        if let Some(class) = consistency {
-            order["spec"]["consistency"] = json!(class);
-        }
-        self.stage.apply(&order);
+        self.stage.order_backup(&self.name, backup, consistency);
     }
 
     /// The addresses of the clients that have the image open.

@@ -149,12 +149,8 @@ impl<'a> Soak<'a> {
 
     fn back_up(&mut self) {
         let (name, owed) = (self.name("backup"), self.owed());
-        let mut order = json!({"apiVersion": "howdah.dev/v1alpha1", "kind": "PostgresBackup",
-            "metadata": {"name": name}, "spec": {"statefulSet": self.node.name}});
-        if self.rng.u32(0..3) == 0 {
-            order["spec"]["consistency"] = json!("crash");
-        }
-        self.stage.apply(&order);
+        let class = (self.rng.u32(0..3) == 0).then_some("crash");
+        self.stage.order_backup(&self.node.name, &name, class);
         let killed = self.kill_until(|soak| soak.stage.status(&name).phase.is_terminal());
         let status = self.stage.status(&name);
         eprintln!(
@@ -346,6 +342,7 @@ impl<'a> Soak<'a> {
     }
 }
 
+/// The rows that are there.
 const LEDGER: &str = "SELECT n FROM ledger";
 
 /// Panics if a row is missing.

@@ -112,9 +112,7 @@ impl<'a> Node<'a> {
 
     /// Asks for a backup by hand.
     pub fn order_backup(&self, name: &str) {
-        let spec = json!({"statefulSet": self.name});
-        self.stage.apply(&json!({"apiVersion": "howdah.dev/v1alpha1", "kind": "PostgresBackup",
-            "metadata": {"name": name}, "spec": spec}));
+        self.stage.order_backup(&self.name, name, None);
     }
 
     /// Takes a backup and waits for its end.

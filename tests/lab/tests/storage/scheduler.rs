@@ -198,8 +198,7 @@ fn a_backup_that_waits_for_its_next_attempt_holds_up_no_other() {
     stage.empty_set("broken", "160Mi");
     stage.kubectl(&["scale", "statefulset", "broken", "--replicas=1"]);
     assert!(wait_until(START_LIMIT, || stage.pod_uid("broken-0").is_some()));
-    stage.apply(&json!({"apiVersion": "howdah.dev/v1alpha1", "kind": "PostgresBackup",
-        "metadata": {"name": "waits"}, "spec": {"statefulSet": "broken", "consistency": "online"}}));
+    stage.order_backup("broken", "waits", Some("online"));
     stage.wait_phase("waits", Phase::Waiting);
     let attempt = stage.status("waits").attempt;
 
