@@ -81,6 +81,10 @@ fn data_outlives_its_pod_and_an_idle_volume_is_watched_by_its_node() {
     let claim = Claim::create(&lab, namespace, "data", CLASS, "1Gi").unwrap();
     start_pod(&lab, namespace, "first", &claim, "echo written before >/data/file; sync; exec sleep 3600");
     wait_running(&lab, namespace, "first");
+    // A container is ready before its first command has ended.
+    let written =
+        || exec(&lab, namespace, "first", "cat /data/file 2>/dev/null || true") == "written before\n";
+    assert!(wait_slowly(SOON, written), "the first pod did not write its file");
     let node = ["get", "pod", "first", "-n", namespace, "-o", "jsonpath={.status.hostIP}"];
     let node = lab.kubectl_ok(&node).unwrap();
     let watchers = claim.watchers().unwrap();
@@ -107,7 +111,9 @@ fn a_snapshot_by_an_identity_that_cannot_blocklist_does_not_disturb_the_writer()
                   do sleep 0.2; done; echo failed >&2; exit 1";
     start_pod(&lab, namespace, "writer", &claim, writer);
     wait_running(&lab, namespace, "writer");
-    let count = || -> u64 { exec(&lab, namespace, "writer", "cat /data/count").trim().parse().unwrap_or(0) };
+    // A container is ready before its first command has ended: there may be no file yet.
+    let count = "cat /data/count 2>/dev/null || echo 0";
+    let count = || -> u64 { exec(&lab, namespace, "writer", count).trim().parse().unwrap() };
     assert!(wait_slowly(SOON, || count() > 3), "the writer does not write");
 
     let user = format!("client.{namespace}");
