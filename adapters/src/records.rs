@@ -69,6 +69,7 @@ impl PostgresBackup {
             consistency: status.consistency,
             image: status.image,
             snapshot: status.snapshot,
+            parts: status.parts,
         }
     }
 }

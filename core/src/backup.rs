@@ -28,8 +28,8 @@ use crate::annotations::{Consistency, WantedConsistency};
 use crate::retention::{IMAGE_SNAPSHOTS_MAX, SNAPSHOTS_PER_IMAGE_MAX};
 
 pub use record::{
-    BackupStatus, Condition, Failure, FailureKind, ImageRecord, Order, Phase, SnapshotRecord, StepOutcome,
-    StepRecord, Trigger,
+    BackupStatus, Condition, Failure, FailureKind, ImageRecord, Order, PartRecord, Phase, SnapshotRecord,
+    StepOutcome, StepRecord, Trigger,
 };
 
 /// Most attempts at one backup; with the delays below they spread over half an hour.

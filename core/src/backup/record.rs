@@ -136,12 +136,15 @@ pub struct BackupStatus {
     /// What was done, in order.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub steps: Vec<StepRecord>,
-    /// The RBD image that was snapshotted.
+    /// The RBD image that was snapshotted: the one that holds the data directory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image: Option<ImageRecord>,
-    /// The snapshot.
+    /// Its snapshot.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<SnapshotRecord>,
+    /// The further images that hold parts of the database; empty where it lies on one volume.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<PartRecord>,
     /// The pod whose volume it is; absent when the database was stopped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pod: Option<String>,
@@ -252,6 +255,26 @@ pub struct SnapshotRecord {
     pub id: u64,
     /// The size of the image at that time, in bytes.
     pub size: u64,
+}
+
+/// An image that holds a part of the database, beside the one with the data directory: tablespaces, or the WAL.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PartRecord {
+    /// The name of the pod's volume that it is mounted by.
+    pub volume: String,
+    /// Whether the WAL lies there. Its snapshot is taken after all others: a page is written after the WAL that changes it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub wal: bool,
+    /// The image.
+    pub image: ImageRecord,
+    /// Its snapshot, of the same name as the backup's; absent until all are taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<SnapshotRecord>,
+}
+
+fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 /// A condition, in the form of `meta/v1`.

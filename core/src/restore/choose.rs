@@ -4,7 +4,7 @@ use jiff::Timestamp;
 
 use super::Goal;
 use crate::annotations::Consistency;
-use crate::backup::{BackupStatus, FailureKind, ImageRecord, Phase, Problem, SnapshotRecord};
+use crate::backup::{BackupStatus, FailureKind, ImageRecord, PartRecord, Phase, Problem, SnapshotRecord};
 
 /// Names that a message lists at most.
 const LISTED_MAX: usize = 5;
@@ -26,12 +26,16 @@ pub struct Candidate {
     pub image: Option<ImageRecord>,
     /// Its snapshot.
     pub snapshot: Option<SnapshotRecord>,
+    /// The further images that hold parts of the database.
+    pub parts: Vec<PartRecord>,
 }
 
 impl Candidate {
     /// Whether there is something to restore.
     fn is_good(&self) -> bool {
-        self.phase.is_success() && self.image.is_some() && self.snapshot.is_some() && self.taken_at.is_some()
+        let parts = self.parts.iter().all(|part| part.snapshot.is_some());
+        let whole = self.image.is_some() && self.snapshot.is_some() && parts;
+        self.phase.is_success() && whole && self.taken_at.is_some()
     }
 }
 
@@ -134,6 +138,7 @@ mod tests {
                 id: "1".to_owned(),
             }),
             snapshot: Some(SnapshotRecord { name: "s".to_owned(), id: 1, size: 1 }),
+            parts: Vec::new(),
         }
     }
 

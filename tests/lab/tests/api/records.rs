@@ -8,8 +8,8 @@ use howdah_adapters::records::{
 };
 use howdah_core::annotations::Consistency;
 use howdah_core::backup::{
-    BackupStatus, Condition, Failure, FailureKind, ImageRecord, Phase, SnapshotRecord, StepOutcome,
-    StepRecord, Trigger,
+    BackupStatus, Condition, Failure, FailureKind, ImageRecord, PartRecord, Phase, SnapshotRecord,
+    StepOutcome, StepRecord, Trigger,
 };
 use howdah_core::restore::{
     self, JournalRecord, Method, Proof, RestoreStatus, Source, StepRecord as RestoreStep, VolumeRecord,
@@ -69,6 +69,21 @@ fn full_status() -> BackupStatus {
             id: "10393aa892a5".to_owned(),
         }),
         snapshot: Some(SnapshotRecord { name: "howdah-20261122T030000Z".to_owned(), id: 4, size: 1 << 40 }),
+        parts: vec![PartRecord {
+            volume: "wal".to_owned(),
+            wal: true,
+            image: ImageRecord {
+                pool: "replicapool".to_owned(),
+                rados_namespace: "tenant".to_owned(),
+                name: "csi-vol-2".to_owned(),
+                id: "10393aa892a6".to_owned(),
+            },
+            snapshot: Some(SnapshotRecord {
+                name: "howdah-20261122T030000Z".to_owned(),
+                id: 5,
+                size: 1 << 30,
+            }),
+        }],
         pod: text(),
         node: text(),
         postgres_version: text(),
