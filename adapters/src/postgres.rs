@@ -381,6 +381,22 @@ impl BackupSession {
         self.connection.client.is_closed()
     }
 
+    /// Where in the WAL the last checkpoint lies that has ended, as `pg_control` on the disk says. The server writes it there
+    /// before it removes the WAL that only earlier recoveries needed (`CreateCheckPoint` in `xlog.c`).
+    ///
+    /// # Errors
+    /// See [`PostgresError`].
+    pub async fn checkpoint(&self) -> Result<String, PostgresError> {
+        let attempt = "read the last checkpoint";
+        let query = "SELECT checkpoint_lsn::text FROM pg_control_checkpoint()";
+        let grant = format!(
+            "GRANT EXECUTE ON FUNCTION pg_control_checkpoint() TO {};",
+            quoted(&self.connection.user)
+        );
+        let row = self.connection.row(query, attempt, QUERY_LIMIT, Some(grant)).await?;
+        column(&row, 0, attempt)
+    }
+
     /// Leaves backup mode, without waiting for the archive: the snapshot needs no archived WAL, and an archiver that
     /// is stuck must not hold backup mode.
     ///

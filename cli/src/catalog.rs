@@ -1,6 +1,6 @@
 //! `catalog rebuild`: brings the records of backups back from the metadata of the RBD images.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail, ensure};
@@ -47,7 +47,8 @@ impl Pool {
 
 /// What one image gave.
 struct Shelf {
-    image: String,
+    image: ImageRecord,
+    snapshots: Vec<SnapshotRecord>,
     found: Vec<Found>,
 }
 
@@ -66,14 +67,20 @@ pub async fn rebuild(client: Client, arguments: RebuildArgs) -> anyhow::Result<S
     let mut rows = Vec::new();
     let (mut restored, mut there, mut failed) = (0, 0, 0);
     for pool in &pools {
-        for shelf in read_pool(&ceph, pool).await? {
+        let shelves = read_pool(&ceph, pool).await?;
+        let images: BTreeMap<String, (ImageRecord, Vec<SnapshotRecord>)> = shelves
+            .iter()
+            .map(|shelf| (shelf.image.id.clone(), (shelf.image.clone(), shelf.snapshots.clone())))
+            .collect();
+        for shelf in shelves {
+            let image = shelf.image.spec();
             for found in shelf.found {
                 let rebuilt = match found {
                     Found::Backup(rebuilt) => rebuilt,
                     Found::Nothing { snapshot, reason } => {
                         // Of no database that is known, so only a look at the whole pool shows it.
                         if target.is_none() {
-                            rows.push(row(&shelf.image, &snapshot, "-", &format!("left alone: {reason}")));
+                            rows.push(row(&image, &snapshot, "-", &format!("left alone: {reason}")));
                         }
                         continue;
                     }
@@ -87,6 +94,13 @@ pub async fn rebuild(client: Client, arguments: RebuildArgs) -> anyhow::Result<S
                 }
                 let record = format!("{}/{}", entry.namespace, entry.backup);
                 let snapshot = entry.snapshot.clone();
+                let rebuilt = match rebuilt.find_parts(&images) {
+                    Ok(rebuilt) => rebuilt,
+                    Err(reason) => {
+                        rows.push(row(&image, &snapshot, &record, &format!("left alone: {reason}")));
+                        continue;
+                    }
+                };
                 let outcome = match put_back(&client, &rebuilt, dry_run).await {
                     Ok(Outcome::Restored) => {
                         restored += 1;
@@ -101,7 +115,7 @@ pub async fn rebuild(client: Client, arguments: RebuildArgs) -> anyhow::Result<S
                         format!("failed: {error:#}")
                     }
                 };
-                rows.push(row(&shelf.image, &snapshot, &record, &outcome));
+                rows.push(row(&image, &snapshot, &record, &outcome));
             }
         }
     }
@@ -192,7 +206,7 @@ async fn read_image(ceph: &Ceph, pool: &Pool, name: String) -> anyhow::Result<Op
         .map(|snapshot| SnapshotRecord { name: snapshot.name, id: snapshot.id, size: snapshot.size })
         .collect();
     let found = catalogue::read(&image, &snapshots, &metadata, Timestamp::now());
-    Ok(Some(Shelf { image: spec, found }))
+    Ok(Some(Shelf { image, snapshots, found }))
 }
 
 enum Outcome {

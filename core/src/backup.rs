@@ -59,15 +59,19 @@ pub const CONDITION_PRUNED: &str = "Pruned";
 /// What the preflight found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Facts {
-    /// The one image that holds the database.
+    /// The image that holds the data directory.
     pub image: ImageRecord,
-    /// Snapshots of ours the image carries now.
+    /// The further images that hold parts of the database, without their snapshots.
+    pub parts: Vec<PartRecord>,
+    /// The pod's volumes that hold nothing of it.
+    pub beside: Vec<String>,
+    /// Snapshots of ours that the fullest image carries now.
     pub snapshots: usize,
-    /// Snapshots of everybody, those in the trash included.
+    /// Snapshots of everybody that the fullest image carries, those in the trash included.
     pub snapshots_in_all: usize,
     /// The pool is full or nearly so: nothing may be added to it, but what retention gives up may go.
     pub no_room: Option<Problem>,
-    /// Whether a snapshot of the name this backup would use exists already.
+    /// Whether an image has a snapshot of the name this backup would use already.
     pub name_taken: bool,
     /// The database.
     pub database: Database,
@@ -127,6 +131,15 @@ impl Problem {
     }
 }
 
+/// The snapshots of one backup. They are one state of the database: of several images that is proven by whoever took them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshots {
+    /// Of the image with the data directory.
+    pub data: SnapshotRecord,
+    /// Of each further image, in the order of [`BackupStatus::parts`].
+    pub parts: Vec<SnapshotRecord>,
+}
+
 /// What happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
@@ -141,8 +154,8 @@ pub enum Event {
         /// The timeline.
         timeline: Option<u32>,
     },
-    /// The snapshot exists.
-    SnapshotTaken(SnapshotRecord),
+    /// The snapshot of each image exists.
+    SnapshotTaken(Snapshots),
     /// The snapshot does not exist.
     SnapshotMissing,
     /// PostgreSQL left backup mode in good order.
@@ -176,12 +189,14 @@ pub enum Effect {
         /// The label.
         label: String,
     },
-    /// Take the snapshot; if one of the name exists, it is this backup's own from before a lost answer.
+    /// Take the snapshot of each image; if one of the name exists, it is this backup's own from before a lost answer. Of
+    /// several images they have to be one state: the WAL's is taken last, and no checkpoint ended since before the first, so
+    /// that recovery begins before them all and finds whatever it needs.
     TakeSnapshot {
         /// The name.
         name: String,
     },
-    /// Look whether the snapshot exists.
+    /// Look whether the snapshot of the one image exists.
     FindSnapshot {
         /// The name.
         name: String,
@@ -190,11 +205,11 @@ pub enum Effect {
     StopBackupMode,
     /// Close the session, which ends backup mode; no event.
     AbandonBackupMode,
-    /// Write the catalogue entry to the metadata of the image.
+    /// Write the catalogue entry to the metadata of each image.
     Record,
     /// Delete what the retention policy no longer keeps.
     Prune,
-    /// Remove the snapshot if it exists.
+    /// Remove the snapshot from each image that has it.
     RemoveSnapshot {
         /// The name.
         name: String,
@@ -259,8 +274,8 @@ pub fn next(
             effects
         }
 
-        (Phase::Snapshotting, Event::SnapshotTaken(snapshot)) => {
-            run.status.snapshot = Some(snapshot);
+        (Phase::Snapshotting, Event::SnapshotTaken(taken)) if taken.parts.len() == status.parts.len() => {
+            run.keep(taken);
             if run.status.consistency == Some(Consistency::Online) {
                 run.enter(Phase::StoppingBackupMode, StepOutcome::Done, None);
                 vec![Effect::StopBackupMode]
@@ -269,12 +284,20 @@ pub fn next(
             }
         }
         (Phase::Snapshotting | Phase::Adopting, Event::Failed(problem)) => run.undo(problem),
+        // That no checkpoint came between several snapshots was known to the process that took them.
+        (Phase::Snapshotting, Event::Resumed) if !status.parts.is_empty() => run.undo(Problem::new(
+            FailureKind::Transient,
+            "the scheduler was restarted while it took the snapshots of several volumes",
+            "nothing to do: they are removed, and the backup is tried again",
+        )),
         (Phase::Snapshotting | Phase::Adopting, Event::Resumed) => {
             run.enter(Phase::Adopting, StepOutcome::Interrupted, None);
             vec![Effect::FindSnapshot { name: order.snapshot_name() }]
         }
-        (Phase::Adopting, Event::SnapshotTaken(snapshot)) => {
-            run.status.snapshot = Some(snapshot);
+        (Phase::Adopting, Event::SnapshotTaken(taken))
+            if taken.parts.is_empty() && status.parts.is_empty() =>
+        {
+            run.keep(taken);
             if run.status.consistency == Some(Consistency::Online) {
                 run.lose_session(session_lost_by_restart())
             } else {
@@ -349,6 +372,15 @@ pub fn next(
     Ok((run.status, effects))
 }
 
+fn several_need_a_session() -> Problem {
+    Problem::new(
+        FailureKind::Permanent,
+        "the database lies on several volumes, and howdah.dev/consistency is crash",
+        "annotate online: without a session it is not known whether a checkpoint came between the snapshots of the volumes, \
+         which then would be no backup",
+    )
+}
+
 fn session_lost_by_restart() -> Problem {
     Problem::new(
         FailureKind::Transient,
@@ -396,6 +428,8 @@ impl Run<'_> {
     /// Chooses the class from what the preflight found, and goes on or refuses.
     fn judge(&mut self, facts: Facts) -> Vec<Effect> {
         self.status.image = Some(facts.image.clone());
+        self.status.parts = facts.parts;
+        self.status.beside = facts.beside;
         // A request that Ceph was no longer waited for can still arrive: a librbd client that holds the lock takes
         // the snapshot when it wakes up. The first preflight saw the name free, so this one is our own.
         if facts.name_taken && self.status.steps.iter().any(|step| step.phase == Phase::Snapshotting) {
@@ -440,8 +474,10 @@ impl Run<'_> {
                 self.status.consistency = Some(Consistency::Offline);
                 self.snapshot()
             }
+            // Of one image, which is a single instant whoever writes to it.
             Database::Stopped { doubt: Some(problem) }
-                if wanted.class() == Consistency::Crash || wanted.may_downgrade() =>
+                if self.status.parts.is_empty()
+                    && (wanted.class() == Consistency::Crash || wanted.may_downgrade()) =>
             {
                 self.condition(CONDITION_AT_REST, "False", "NotProven", &sentence(&problem));
                 self.status.consistency = Some(Consistency::Crash);
@@ -465,6 +501,9 @@ impl Run<'_> {
                         self.enter(Phase::StartingBackupMode, StepOutcome::Done, None);
                         vec![Effect::StartBackupMode { label: self.order.snapshot_name() }]
                     }
+                    Session::Open { .. } | Session::NotWanted if !self.status.parts.is_empty() => {
+                        self.give_up_attempt(several_need_a_session())
+                    }
                     Session::Open { .. } | Session::NotWanted => {
                         self.status.consistency = Some(Consistency::Crash);
                         self.snapshot()
@@ -487,7 +526,8 @@ impl Run<'_> {
             FailureKind::Connection => self.status.attempt >= ATTEMPTS_BEFORE_DOWNGRADE,
             FailureKind::Transient | FailureKind::Permanent => false,
         };
-        hopeless && self.order.wanted.may_downgrade()
+        // Without one it is not known whether a checkpoint came between the snapshots of several images.
+        hopeless && self.order.wanted.may_downgrade() && self.status.parts.is_empty()
     }
 
     /// Settles for a crash-consistent snapshot, and says what is missing for an online one.
@@ -530,7 +570,8 @@ impl Run<'_> {
         vec![Effect::Prune]
     }
 
-    /// The session ended after the snapshot: one atomic image is still a crash-consistent backup.
+    /// The session ended after the snapshot: what was taken is one state of the database, and so still a crash-consistent
+    /// backup.
     fn lose_session(&mut self, problem: Problem) -> Vec<Effect> {
         if !self.order.wanted.may_downgrade() {
             return self.undo(problem);
@@ -568,8 +609,16 @@ impl Run<'_> {
         if self.status.phase_retries < UNDO_RETRIES_MAX {
             return self.retry_phase(&problem);
         }
-        let spec = self.status.image.as_ref().map(ImageRecord::spec).unwrap_or_default();
-        let cure = format!("look at the image and run: rbd snap rm {spec}@{}", self.order.snapshot_name());
+        let parts = self.status.parts.iter().map(|part| &part.image);
+        let name = self.order.snapshot_name();
+        let commands: Vec<String> = self
+            .status
+            .image
+            .iter()
+            .chain(parts)
+            .map(|image| format!("rbd snap rm {}@{name}", image.spec()))
+            .collect();
+        let cure = format!("look at the image and run: {}", commands.join("; "));
         let message = problem.reason.clone();
         self.fail(Problem::new(FailureKind::Permanent, problem.reason, cure));
         self.finish(Phase::Stuck, StepOutcome::Failed, Some(message))
@@ -652,8 +701,18 @@ impl Run<'_> {
         self.status.failure = Some(Failure { step: self.status.phase, kind, reason, cure });
     }
 
+    fn keep(&mut self, taken: Snapshots) {
+        self.status.snapshot = Some(taken.data);
+        for (part, snapshot) in self.status.parts.iter_mut().zip(taken.parts) {
+            part.snapshot = Some(snapshot);
+        }
+    }
+
     fn forget_snapshot(&mut self) {
         self.status.snapshot = None;
+        for part in &mut self.status.parts {
+            part.snapshot = None;
+        }
         self.status.consistency = None;
         self.status.start_lsn = None;
         self.status.stop_lsn = None;

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::annotations::Consistency;
 use crate::backup::{
-    BackupStatus, CONDITION_CATALOGUED, Condition, ImageRecord, Phase, SnapshotRecord, Trigger,
+    BackupStatus, CONDITION_CATALOGUED, Condition, ImageRecord, PartRecord, Phase, SnapshotRecord, Trigger,
 };
 use crate::names;
 use crate::verify::{self, Report, VerifyStatus};
@@ -47,8 +47,14 @@ pub struct Entry {
     pub snapshot: String,
     /// Id of the snapshot.
     pub snapshot_id: u64,
-    /// Id of the image; a copy of the metadata on another image shows by it.
+    /// Id of the image with the data directory; a copy of the metadata on another image shows by it.
     pub image_id: String,
+    /// The further images, each with its snapshot. They carry the entry, too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<PartRecord>,
+    /// The pod's volumes that hold nothing of the database.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub beside: Vec<String>,
     /// `server_version`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub postgres_version: Option<String>,
@@ -122,6 +128,8 @@ impl Entry {
             snapshot: snapshot.name.clone(),
             snapshot_id: snapshot.id,
             image_id: status.image.as_ref()?.id.clone(),
+            parts: status.parts.clone(),
+            beside: status.beside.clone(),
             postgres_version: status.postgres_version.clone(),
             system_identifier: status.system_identifier.clone(),
             timeline: status.timeline,
@@ -191,7 +199,7 @@ pub struct Rebuilt {
 /// Reads the catalogue of `image` against the snapshots that it has.
 ///
 /// Snapshots that howdah did not take are not looked at. Entries of another image are passed over: a clone carries a copy
-/// of its parent's metadata. The image may have another name by now (a restore renames it); its id does not change.
+/// of its parent's metadata, and an image that holds a part of a database the entries of the one with the data directory. The image may have another name by now (a restore renames it); its id does not change.
 #[must_use]
 pub fn read(
     image: &ImageRecord,
@@ -233,6 +241,35 @@ pub fn read(
     found
 }
 
+impl Rebuilt {
+    /// Looks for the further images of the backup among `images`, all of the pool by their ids, and takes over the names they
+    /// have now.
+    ///
+    /// # Errors
+    /// Names the part that is gone: without it the others are no backup.
+    pub fn find_parts(
+        mut self,
+        images: &BTreeMap<String, (ImageRecord, Vec<SnapshotRecord>)>,
+    ) -> Result<Self, String> {
+        for part in &mut self.status.parts {
+            let wanted = part.snapshot.as_ref().map(|snapshot| snapshot.id);
+            let found = images.get(&part.image.id).filter(|(_, snapshots)| {
+                snapshots.iter().any(|own| Some(own.id) == wanted && own.name == self.entry.snapshot)
+            });
+            let Some((image, _)) = found else {
+                return Err(format!(
+                    "its part on the volume {} is gone: {}@{}",
+                    part.volume,
+                    part.image.spec(),
+                    self.entry.snapshot
+                ));
+            };
+            part.image.clone_from(image);
+        }
+        Ok(self)
+    }
+}
+
 impl Entry {
     /// The status of the backup that this is the entry of.
     fn status(&self, image: &ImageRecord, snapshot: &SnapshotRecord, now: Timestamp) -> BackupStatus {
@@ -261,6 +298,8 @@ impl Entry {
             finished_at: Some(self.taken_at.unwrap_or(self.slot)),
             image: Some(image.clone()),
             snapshot: Some(snapshot.clone()),
+            parts: self.parts.clone(),
+            beside: self.beside.clone(),
             postgres_version: self.postgres_version.clone(),
             system_identifier: self.system_identifier.clone(),
             timeline: self.timeline,
@@ -375,6 +414,33 @@ mod tests {
     #[test]
     fn the_copy_that_a_clone_carries_is_passed_over() {
         assert!(read(&image("9f9f"), &[], &metadata(), now()).is_empty());
+    }
+
+    #[test]
+    fn a_backup_of_several_images_is_brought_back_whole_or_not_at_all() {
+        let own = SnapshotRecord { name: "howdah-20261122T030000Z".to_owned(), id: 7, size: 1 };
+        let wal = PartRecord {
+            volume: "wal".to_owned(),
+            wal: true,
+            image: ImageRecord { name: "csi-vol-2".to_owned(), ..image("9f9f") },
+            snapshot: Some(own.clone()),
+        };
+        let entry = entry(&BackupStatus { parts: vec![wal], ..status() }).unwrap().to_value().unwrap();
+        let metadata = [(names::image_meta_key(&own.name), entry)].into();
+        let found = read(&image("1a2b"), &snapshots(), &metadata, now());
+        let [Found::Backup(rebuilt)] = &found[..] else { panic!("{found:?}") };
+        // The image of the part carries the entry, too, and tells nothing by itself.
+        assert!(read(&image("9f9f"), std::slice::from_ref(&own), &metadata, now()).is_empty());
+
+        let renamed = ImageRecord { name: "howdah-safety-2".to_owned(), ..image("9f9f") };
+        let there = [("9f9f".to_owned(), (renamed.clone(), vec![own.clone()]))].into();
+        let whole = rebuilt.as_ref().clone().find_parts(&there).unwrap();
+        assert_eq!(whole.status.parts[0].image, renamed);
+        let other = SnapshotRecord { id: 8, ..own };
+        for images in [BTreeMap::new(), [("9f9f".to_owned(), (renamed, vec![other]))].into()] {
+            let gone = rebuilt.as_ref().clone().find_parts(&images).unwrap_err();
+            assert!(gone.contains("wal") && gone.contains("csi-vol-2@howdah-"), "{gone}");
+        }
     }
 
     #[test]

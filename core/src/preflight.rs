@@ -4,17 +4,21 @@
 
 use std::collections::BTreeSet;
 
-use crate::backup::{FailureKind, Problem};
+use crate::backup::{BackupStatus, FailureKind, ImageRecord, PartRecord, Problem};
 use crate::volume::RbdVolume;
 
 /// Where the official image keeps its data when `PGDATA` is not set.
 pub const DEFAULT_DATA_DIRECTORY: &str = "/var/lib/postgresql/data";
+/// Most claims beside the one with the data directory: each adds its snapshot to the time in which no checkpoint may end.
+pub const PARTS_MAX: usize = 7;
 
 /// A folder a container sees, and what lies behind it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
     /// Path in the container.
     pub path: String,
+    /// The name of the pod's volume.
+    pub volume: String,
     /// The claim, or `None` for a volume of another kind (emptyDir, Secret, ...).
     pub claim: Option<String>,
 }
@@ -26,43 +30,201 @@ pub struct Place {
     pub what: String,
     /// Path in the container.
     pub path: String,
+    /// Whether the WAL lies there.
+    pub wal: bool,
 }
 
-/// The one claim that holds all `places`.
+impl Place {
+    /// The place of the data directory.
+    #[must_use]
+    pub fn data(path: impl Into<String>) -> Self {
+        Self { what: "the data directory".to_owned(), path: path.into(), wal: false }
+    }
+
+    /// The place of the WAL.
+    #[must_use]
+    pub fn wal(path: impl Into<String>) -> Self {
+        Self { what: "the WAL directory".to_owned(), path: path.into(), wal: true }
+    }
+
+    /// The place of a tablespace.
+    #[must_use]
+    pub fn tablespace(name: &str, path: impl Into<String>) -> Self {
+        Self { what: format!("the tablespace {name}"), path: path.into(), wal: false }
+    }
+}
+
+/// The claims that hold a database.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claims {
+    /// The one with the data directory.
+    pub data: String,
+    /// The others.
+    pub parts: Vec<PartClaim>,
+}
+
+/// A claim that holds a part of a database.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartClaim {
+    /// The name of the pod's volume.
+    pub volume: String,
+    /// The claim.
+    pub claim: String,
+    /// Whether the WAL lies there.
+    pub wal: bool,
+}
+
+/// The claims that hold all `places`, of which the first is the data directory.
 ///
-/// Only one image can be snapshotted atomically. The link `pg_wal` cannot be read through SQL: the caller names the
-/// folder of `POSTGRES_INITDB_WALDIR` as a place when it is set.
+/// What is mounted below the data directory belongs to it. The link `pg_wal` cannot be read through SQL: the caller names
+/// the folder of `POSTGRES_INITDB_WALDIR` as a place when it is set.
 ///
 /// # Errors
-/// Names the place that lies outside a claim, or the two that lie in different ones.
-pub fn one_claim(mounts: &[Mount], places: &[Place]) -> Result<String, Problem> {
-    let mut first: Option<(&Place, &str)> = None;
-    for place in places {
-        let Some(claim) = mount_of(mounts, &place.path).and_then(|mount| mount.claim.as_deref()) else {
+/// Names the place that lies outside a claim, or says that there are more than [`PARTS_MAX`] further claims.
+pub fn claims(mounts: &[Mount], places: &[Place]) -> Result<Claims, Problem> {
+    let Some(data) = places.first() else {
+        return Err(Problem::new(
+            FailureKind::Permanent,
+            "no folder of the database is known",
+            "report this as a bug",
+        ));
+    };
+    let mut found: Option<Claims> = None;
+    for place in places.iter().chain(&inside(mounts, &data.path)) {
+        let mount = mount_of(mounts, &place.path);
+        let Some((mount, claim)) = mount.and_then(|mount| Some((mount, mount.claim.as_deref()?))) else {
             return Err(Problem::new(
                 FailureKind::Permanent,
                 format!("{} ({}) does not lie on a persistent volume", place.what, place.path),
                 "mount a PersistentVolumeClaim there: what is outside it cannot be backed up",
             ));
         };
-        match first {
-            Some((other, other_claim)) if other_claim != claim => {
-                return Err(Problem::new(
-                    FailureKind::Permanent,
-                    format!("{} lies on the claim {claim} and {} on {other_claim}", place.what, other.what),
-                    "keep the whole database on one claim: two images are snapshotted at the same instant only as a group, \
-                     and before Ceph 19 no clone can be made of a group's snapshot, so it could be neither proven nor \
-                     restored beside the original",
-                ));
-            }
-            Some(_) => {}
-            None => first = Some((place, claim)),
+        let Some(claims) = &mut found else {
+            found = Some(Claims { data: claim.to_owned(), parts: Vec::new() });
+            continue;
+        };
+        if claim == claims.data {
+            continue;
+        }
+        match claims.parts.iter_mut().find(|part| part.claim == claim) {
+            Some(part) => part.wal |= place.wal,
+            None => claims.parts.push(PartClaim {
+                volume: mount.volume.clone(),
+                claim: claim.to_owned(),
+                wal: place.wal,
+            }),
         }
     }
-    let found = first.map(|(_, claim)| claim.to_owned());
-    found.ok_or_else(|| {
-        Problem::new(FailureKind::Permanent, "no folder of the database is known", "report this as a bug")
-    })
+    let found = found.unwrap_or(Claims { data: String::new(), parts: Vec::new() });
+    if found.parts.len() > PARTS_MAX {
+        return Err(Problem::new(
+            FailureKind::Permanent,
+            format!("the database lies on {} claims", found.parts.len() + 1),
+            format!("keep it on {} at most: their snapshots are taken one after the other", PARTS_MAX + 1),
+        ));
+    }
+    Ok(found)
+}
+
+/// The folders below the data directory that have a mount of their own, and its WAL. What is mounted there and is no claim
+/// is a file from a ConfigMap, or scratch such as `pg_stat_tmp`; the WAL is neither.
+fn inside(mounts: &[Mount], data: &str) -> Vec<Place> {
+    let data = data.trim_end_matches('/');
+    let wal = format!("{data}/pg_wal");
+    let below = mounts.iter().filter(|mount| mount.claim.is_some() && is_below(&mount.path, data));
+    let mut places = vec![Place::wal(wal.clone())];
+    places.extend(below.map(|mount| Place {
+        what: "a folder of the data directory".to_owned(),
+        path: mount.path.clone(),
+        wal: mount.path.trim_end_matches('/') == wal || is_below(&mount.path, &wal),
+    }));
+    places
+}
+
+/// Whether `path` lies inside of the folder `root`.
+fn is_below(path: &str, root: &str) -> bool {
+    path.strip_prefix(root).is_some_and(|rest| rest.trim_end_matches('/').starts_with('/'))
+}
+
+/// The claims of a container that may hold a part of a stopped database, beside those in `known`: its tablespaces can be
+/// asked for only while it runs.
+#[must_use]
+pub fn unexplained(mounts: &[Mount], known: &Claims) -> Vec<PartClaim> {
+    let mut all: Vec<PartClaim> = Vec::new();
+    for mount in mounts {
+        let Some(claim) = &mount.claim else { continue };
+        let is_known = *claim == known.data || known.parts.iter().any(|part| part.claim == *claim);
+        if !is_known && all.iter().all(|part| part.claim != *claim) {
+            all.push(PartClaim { volume: mount.volume.clone(), claim: claim.clone(), wal: false });
+        }
+    }
+    all
+}
+
+/// What is known of a database that cannot be asked where its tablespaces lie: a backup that was recorded says which
+/// volumes hold parts of it, and which nothing.
+///
+/// `recorded` are the good backups, the newest first. Answers with the claims that hold the database, and with the volumes
+/// beside it.
+///
+/// # Errors
+/// Names the claims of which no record tells.
+pub fn explain(
+    mut known: Claims,
+    mounts: &[Mount],
+    recorded: &[&BackupStatus],
+) -> Result<(Claims, Vec<String>), Problem> {
+    let open = unexplained(mounts, &known);
+    if open.is_empty() {
+        return Ok((known, Vec::new()));
+    }
+    let tells = |status: &&&BackupStatus| {
+        open.iter().all(|claim| part_of(status, claim).is_some() || status.beside.contains(&claim.volume))
+    };
+    let Some(status) = recorded.iter().find(tells) else {
+        let names: Vec<&str> = open.iter().map(|claim| claim.claim.as_str()).collect();
+        return Err(Problem::new(
+            FailureKind::Permanent,
+            format!(
+                "PostgreSQL cannot be asked whether tablespaces lie on {}, and no earlier backup tells",
+                names.join(", ")
+            ),
+            "take one online backup while the database runs (with credentials, see howdah.dev/credentials); later ones know by it",
+        ));
+    };
+    let mut beside = Vec::new();
+    for claim in open {
+        match part_of(status, &claim) {
+            Some(part) => known.parts.push(PartClaim { wal: part.wal, ..claim }),
+            None => beside.push(claim.volume),
+        }
+    }
+    Ok((known, beside))
+}
+
+fn part_of<'s>(status: &'s BackupStatus, claim: &PartClaim) -> Option<&'s PartRecord> {
+    status.parts.iter().find(|part| part.volume == claim.volume)
+}
+
+/// Whether the images of one database share pool and namespace.
+///
+/// # Errors
+/// Names the image that lies elsewhere.
+pub fn one_pool(data: &ImageRecord, parts: &[PartRecord]) -> Result<(), Problem> {
+    let place = |image: &ImageRecord| (image.pool.clone(), image.rados_namespace.clone());
+    match parts.iter().find(|part| place(&part.image) != place(data)) {
+        Some(part) => Err(Problem::new(
+            FailureKind::Permanent,
+            format!(
+                "the volume {} lies in {} and the data directory in {}",
+                part.volume,
+                part.image.spec(),
+                data.spec()
+            ),
+            "keep the whole database in one pool: use one storage class for all of its volumes",
+        )),
+        None => Ok(()),
+    }
 }
 
 /// The mount a path lies on: the one with the longest path above it.
@@ -258,35 +420,126 @@ mod tests {
     use super::*;
 
     fn mount(path: &str, claim: Option<&str>) -> Mount {
-        Mount { path: path.to_owned(), claim: claim.map(str::to_owned) }
+        let volume = claim.and_then(|claim| claim.split('-').next()).unwrap_or("scratch").to_owned();
+        Mount { path: path.to_owned(), volume, claim: claim.map(str::to_owned) }
     }
 
     fn place(path: &str) -> Place {
-        Place { what: path.rsplit('/').next().unwrap_or_default().to_owned(), path: path.to_owned() }
+        Place {
+            what: path.rsplit('/').next().unwrap_or_default().to_owned(),
+            path: path.to_owned(),
+            wal: false,
+        }
+    }
+
+    fn part(volume: &str, claim: &str, wal: bool) -> PartClaim {
+        PartClaim { volume: volume.to_owned(), claim: claim.to_owned(), wal }
     }
 
     #[test]
     fn one_claim_holds_everything() {
         let mounts = [mount("/var/lib/postgresql/data/", Some("data-pg-0")), mount("/tmp", None)];
         let places = [place("/var/lib/postgresql/data/pgdata"), place("/var/lib/postgresql/data/space")];
-        assert_eq!(one_claim(&mounts, &places).unwrap(), "data-pg-0");
+        let found = claims(&mounts, &places).unwrap();
+        assert_eq!(found, Claims { data: "data-pg-0".to_owned(), parts: Vec::new() });
     }
 
     #[test]
-    fn a_place_on_another_volume_is_named() {
+    fn wal_and_tablespaces_on_further_claims_are_parts_and_what_lies_on_none_is_named() {
         let mounts = [
             mount("/var/lib/postgresql", Some("data-pg-0")),
             mount("/var/lib/postgresql/wal", Some("wal-pg-0")),
+            mount("/space", Some("space-pg-0")),
+            mount("/dumps", Some("dumps-pg-0")),
             mount("/fast", None),
         ];
         let data = place("/var/lib/postgresql/data");
-        let problem =
-            one_claim(&mounts, &[data.clone(), place("/var/lib/postgresql/wal/pg_wal")]).unwrap_err();
-        assert!(problem.reason.contains("wal-pg-0") && problem.kind == FailureKind::Permanent);
-        for outside in ["/fast/space", "/elsewhere", "/var/lib/postgresql-old"] {
-            let problem = one_claim(&mounts, &[data.clone(), place(outside)]).unwrap_err();
+        let wal = Place::wal("/var/lib/postgresql/wal/pg_wal");
+        let found = claims(&mounts, &[data.clone(), place("/space/a"), wal, place("/space/b")]).unwrap();
+        assert_eq!(found.data, "data-pg-0");
+        assert_eq!(found.parts, [part("space", "space-pg-0", false), part("wal", "wal-pg-0", true)]);
+        assert_eq!(unexplained(&mounts, &found), [part("dumps", "dumps-pg-0", false)]);
+        for outside in ["/fast/space", "/elsewhere", "/var/lib/other"] {
+            let problem = claims(&mounts, &[data.clone(), place(outside)]).unwrap_err();
             assert!(problem.reason.contains(outside), "{}", problem.reason);
         }
+    }
+
+    #[test]
+    fn what_a_stopped_database_lies_on_is_known_from_its_records_or_not_at_all() {
+        let mounts = [
+            mount("/data", Some("data-pg-0")),
+            mount("/space", Some("space-pg-0")),
+            mount("/dumps", Some("dumps-pg-0")),
+        ];
+        let known = || claims(&mounts, &[Place::data("/data/pg")]).unwrap();
+        let image = ImageRecord {
+            pool: "p".to_owned(),
+            rados_namespace: String::new(),
+            name: "s".to_owned(),
+            id: "2".to_owned(),
+        };
+        let space = PartRecord { volume: "space".to_owned(), wal: false, image, snapshot: None };
+        let told =
+            BackupStatus { parts: vec![space], beside: vec!["dumps".to_owned()], ..BackupStatus::default() };
+        let older =
+            BackupStatus { beside: vec!["dumps".to_owned(), "space".to_owned()], ..BackupStatus::default() };
+        let silent = BackupStatus::default();
+        let (found, beside) = explain(known(), &mounts, &[&silent, &told, &older]).unwrap();
+        assert_eq!(
+            (found.parts, beside),
+            (vec![part("space", "space-pg-0", false)], vec!["dumps".to_owned()])
+        );
+        let problem = explain(known(), &mounts, &[&silent]).unwrap_err();
+        assert!(problem.reason.contains("space-pg-0, dumps-pg-0"), "{}", problem.reason);
+        let (found, beside) = explain(known(), &mounts[..1], &[]).unwrap();
+        assert!(found.parts.is_empty() && beside.is_empty());
+    }
+
+    #[test]
+    fn what_is_mounted_inside_the_data_directory_belongs_to_it() {
+        let with = |more: Mount| {
+            claims(&[mount("/data", Some("data-pg-0")), more], &[place("/data/pg/")]).map(|found| found.parts)
+        };
+        assert_eq!(
+            with(mount("/data/pg/pg_wal", Some("wal-pg-0"))).unwrap(),
+            [part("wal", "wal-pg-0", true)]
+        );
+        assert_eq!(
+            with(mount("/data/pg/base", Some("base-pg-0"))).unwrap(),
+            [part("base", "base-pg-0", false)]
+        );
+        assert_eq!(with(mount("/data/pg-old", Some("old-pg-0"))).unwrap(), []);
+        assert_eq!(with(mount("/data/pg/pg_stat_tmp", None)).unwrap(), []);
+        assert_eq!(with(mount("/data/pg/postgresql.conf", None)).unwrap(), []);
+        let lost = with(mount("/data/pg/pg_wal", None)).unwrap_err();
+        assert!(lost.reason.contains("/data/pg/pg_wal"), "{}", lost.reason);
+    }
+
+    #[test]
+    fn too_many_claims_and_another_pool_are_refused() {
+        let mounts: Vec<Mount> =
+            (0..PARTS_MAX + 2).map(|n| mount(&format!("/{n}"), Some(&format!("v{n}-pg-0")))).collect();
+        let places: Vec<Place> = mounts.iter().map(|mount| place(&mount.path)).collect();
+        assert_eq!(claims(&mounts, &places[..=PARTS_MAX]).unwrap().parts.len(), PARTS_MAX);
+        let problem = claims(&mounts, &places).unwrap_err();
+        assert!(problem.reason.contains("9 claims"), "{}", problem.reason);
+
+        let image = |pool: &str, name: &str| ImageRecord {
+            pool: pool.to_owned(),
+            rados_namespace: String::new(),
+            name: name.to_owned(),
+            id: name.to_owned(),
+        };
+        let wal = |pool| PartRecord {
+            volume: "wal".to_owned(),
+            wal: true,
+            image: image(pool, "w"),
+            snapshot: None,
+        };
+        assert_eq!(one_pool(&image("a", "d"), &[wal("a")]), Ok(()));
+        let problem = one_pool(&image("a", "d"), &[wal("a"), wal("b")]).unwrap_err();
+        assert!(problem.reason.contains("wal lies in b/w"), "{}", problem.reason);
     }
 
     #[test]

@@ -8,9 +8,10 @@ use howdah_adapters::ceph::{Ceph, CephError, CephPlace, ConnectError};
 use howdah_adapters::kubernetes::KubernetesError;
 use howdah_adapters::postgres::{BackupLimits, BackupSession, PostgresError, ServerFacts, Session};
 use howdah_adapters::records::PostgresBackup;
-use howdah_core::annotations::Settings;
+use howdah_core::annotations::{Consistency, Settings};
 use howdah_core::backup::{
     self, BackupStatus, Effect, Event, FailureKind, ImageRecord, Order, Phase, Problem, SnapshotRecord,
+    Snapshots,
 };
 use howdah_core::catalogue::Entry;
 use howdah_core::names;
@@ -40,6 +41,10 @@ fn limit_of(effect: &Effect) -> Duration {
         // As long as `core` says.
         Effect::Wait { .. } => 3600,
     })
+}
+
+fn effect_is_of_each_image(effect: &Effect) -> bool {
+    matches!(effect, Effect::TakeSnapshot { .. } | Effect::RemoveSnapshot { .. } | Effect::Record)
 }
 
 /// The answer of a part of an effect, or that it took too long.
@@ -103,7 +108,9 @@ impl<'a> Effects<'a> {
 
     /// Performs `effect` within its limit; `None` for those that end in no event.
     pub async fn perform_within_limit(&mut self, effect: &Effect, status: &BackupStatus) -> Option<Event> {
-        let limit = limit_of(effect);
+        // One image after the other.
+        let images = u32::try_from(status.parts.len() + 1).unwrap_or(1);
+        let limit = limit_of(effect) * if effect_is_of_each_image(effect) { images } else { 1 };
         let performed = match effect {
             // It waits for others in between, and has its limits inside.
             Effect::Preflight => self.perform_unbounded(effect, status).await,
@@ -132,10 +139,13 @@ impl<'a> Effects<'a> {
             // On the heap: this is the largest of them by far, and each is as large as the largest.
             Effect::Preflight => Some(Box::pin(self.preflight_in_its_pool(limit_of(effect))).await?),
             Effect::StartBackupMode { label } => Some(self.start_backup_mode(label).await?),
-            Effect::TakeSnapshot { name } => Some(self.take_snapshot(image_of(status)?, name).await?),
+            Effect::TakeSnapshot { name } => Some(self.take_snapshots(status, name).await?),
             Effect::FindSnapshot { name } => {
                 let found = self.find_snapshot(image_of(status)?, name).await?;
-                Some(found.map_or(Event::SnapshotMissing, Event::SnapshotTaken))
+                Some(match found {
+                    Some(data) => Event::SnapshotTaken(Snapshots { data, parts: Vec::new() }),
+                    None => Event::SnapshotMissing,
+                })
             }
             Effect::StopBackupMode => Some(self.stop_backup_mode().await?),
             Effect::AbandonBackupMode => {
@@ -152,7 +162,9 @@ impl<'a> Effects<'a> {
                 Some(Event::Pruned)
             }
             Effect::RemoveSnapshot { name } => {
-                self.remove_snapshot(image_of(status)?, name).await?;
+                for image in images_of(status)? {
+                    self.remove_snapshot(image, name).await?;
+                }
                 Some(Event::Undone)
             }
             Effect::Wait { until } => self.wait(*until, status).await,
@@ -226,7 +238,47 @@ impl<'a> Effects<'a> {
         Ok(Event::BackupModeStopped { lsn: end.stop_lsn, label: end.label, spcmap: end.tablespace_map })
     }
 
-    async fn take_snapshot(&mut self, image: &ImageRecord, name: &str) -> Result<Event, Problem> {
+    /// Takes the snapshot of each image. Several are one state of the database if recovery can begin before them all: it
+    /// does so at the last checkpoint that ended, whose WAL stays until the next one has ended. The WAL goes last, because
+    /// a page is written to its file after the WAL that changes it.
+    async fn take_snapshots(&mut self, status: &BackupStatus, name: &str) -> Result<Event, Problem> {
+        let image = image_of(status)?;
+        let before = match status.parts.is_empty() {
+            true => None,
+            false => self.checkpoint().await?,
+        };
+        if !status.parts.is_empty() && status.consistency == Some(Consistency::Online) && before.is_none() {
+            return Err(no_session());
+        }
+        let mut parts: Vec<Option<SnapshotRecord>> = vec![None; status.parts.len()];
+        let all = || status.parts.iter().enumerate();
+        for (at, part) in all().filter(|(_, part)| !part.wal) {
+            parts[at] = Some(self.take_snapshot(&part.image, name).await?);
+        }
+        let data = self.take_snapshot(image, name).await?;
+        for (at, part) in all().filter(|(_, part)| part.wal) {
+            parts[at] = Some(self.take_snapshot(&part.image, name).await?);
+        }
+        if before.is_some() && self.checkpoint().await? != before {
+            return Err(Problem::new(
+                FailureKind::Transient,
+                "a checkpoint ended while the snapshots of the volumes were taken",
+                "nothing to do: they are removed, and the backup is tried again; if it happens often, raise max_wal_size and \
+                 checkpoint_timeout",
+            ));
+        }
+        Ok(Event::SnapshotTaken(Snapshots { data, parts: parts.into_iter().flatten().collect() }))
+    }
+
+    /// The last checkpoint; `None` while the database is stopped.
+    async fn checkpoint(&self) -> Result<Option<String>, Problem> {
+        match &self.held {
+            Held::Backup(session) => session.checkpoint().await.map(Some).map_err(of_postgres),
+            Held::Nothing | Held::Reading { .. } => Ok(None),
+        }
+    }
+
+    async fn take_snapshot(&mut self, image: &ImageRecord, name: &str) -> Result<SnapshotRecord, Problem> {
         let ceph = self.ceph().await?;
         match ceph.create_snapshot(&image.spec(), name).await {
             // The preflight saw that the name was free, so it is our own from before a lost answer.
@@ -234,7 +286,7 @@ impl<'a> Effects<'a> {
             Err(error) => return Err(of_ceph(error)),
         }
         match self.find_snapshot(image, name).await? {
-            Some(snapshot) => Ok(Event::SnapshotTaken(snapshot)),
+            Some(snapshot) => Ok(snapshot),
             None => Err(Problem::new(
                 FailureKind::Transient,
                 format!("the snapshot {name} was taken but is not listed"),
@@ -266,7 +318,6 @@ impl<'a> Effects<'a> {
     }
 
     async fn record(&mut self, status: &BackupStatus) -> Result<(), Problem> {
-        let image = image_of(status)?;
         let entry = Entry::of(
             &self.namespace(),
             &self.backup.spec.stateful_set,
@@ -290,7 +341,11 @@ impl<'a> Effects<'a> {
             )
         })?;
         let key = names::image_meta_key(&entry.snapshot);
-        self.ceph().await?.set_metadata(&image.spec(), &key, &value).await.map_err(of_ceph)
+        let ceph = self.ceph().await?;
+        for image in images_of(status)? {
+            ceph.set_metadata(&image.spec(), &key, &value).await.map_err(of_ceph)?;
+        }
+        Ok(())
     }
 
     async fn prune(&mut self, status: &BackupStatus) -> Result<(), Problem> {
@@ -382,6 +437,11 @@ fn image_of(status: &BackupStatus) -> Result<&ImageRecord, Problem> {
     status.image.as_ref().ok_or_else(|| {
         Problem::new(FailureKind::Permanent, "the record names no image", "report this as a bug")
     })
+}
+
+/// It, and the further ones.
+fn images_of(status: &BackupStatus) -> Result<impl Iterator<Item = &ImageRecord>, Problem> {
+    Ok(status.parts.iter().map(|part| &part.image).chain(std::iter::once(image_of(status)?)))
 }
 
 fn no_session() -> Problem {

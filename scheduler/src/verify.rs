@@ -124,7 +124,7 @@ impl Drill<'_> {
         let claim_name = |volume: &str| claim_of_template(&set, &pod, volume);
         let (container, mounts) = database_container(&pod, &claim_name)?;
         let container = container.clone();
-        let claim = howdah_core::preflight::one_claim(&mounts, &places(&container, None))?;
+        let claim = howdah_core::preflight::claims(&mounts, &places(&container, None))?.data;
         let mounted_as = container.volume_mounts.iter().flatten().map(|mount| mount.name.clone());
         let mounted_as = mounted_as.filter(|volume| claim_name(volume).as_ref() == Some(&claim)).collect();
         let volume =

@@ -26,7 +26,39 @@ fn image() -> ImageRecord {
 }
 
 fn facts(database: Database) -> Facts {
-    Facts { image: image(), snapshots: 1, snapshots_in_all: 2, no_room: None, name_taken: false, database }
+    Facts {
+        image: image(),
+        parts: Vec::new(),
+        beside: Vec::new(),
+        snapshots: 1,
+        snapshots_in_all: 2,
+        no_room: None,
+        name_taken: false,
+        database,
+    }
+}
+
+/// Images of a database on several volumes, beside the one with the data directory.
+const PARTS: [&str; 2] = ["csi-vol-2", "csi-vol-3"];
+
+fn parts() -> Vec<PartRecord> {
+    let part = |name: &str| PartRecord {
+        volume: name.to_owned(),
+        wal: name == PARTS[1],
+        image: ImageRecord { name: name.to_owned(), id: name.to_owned(), ..image() },
+        snapshot: None,
+    };
+    PARTS.map(part).to_vec()
+}
+
+/// The snapshot of a part, as [`World::snapshots`] names it.
+fn of_part(part: &str) -> String {
+    format!("{part}@{NAME}")
+}
+
+fn taken(name: &str, parts: usize) -> Event {
+    let snapshot = |id| SnapshotRecord { name: name.to_owned(), id, size: 1 << 30 };
+    Event::SnapshotTaken(Snapshots { data: snapshot(4), parts: vec![snapshot(5); parts] })
 }
 
 fn transient() -> Problem {
@@ -47,6 +79,8 @@ struct World {
     no_right: bool,
     /// The stopped database's image has no exclusive lock.
     unproven: bool,
+    /// It lies on several volumes: those that lie beside the data directory's.
+    parts: Vec<PartRecord>,
     /// How many more preflights find no room in the pool.
     no_room: u32,
     pruned: u32,
@@ -69,6 +103,7 @@ impl World {
             absent: None,
             no_right: false,
             unproven: false,
+            parts: Vec::new(),
             no_room: 0,
             pruned: 0,
             script: VecDeque::new(),
@@ -118,7 +153,10 @@ impl World {
                 let no_room = (self.no_room > 0).then(transient);
                 self.no_room = self.no_room.saturating_sub(1);
                 let name_taken = self.snapshots.contains(NAME);
-                Event::PreflightPassed(Box::new(Facts { name_taken, no_room, ..facts(database) }))
+                let parts = self.parts.clone();
+                let name_taken =
+                    name_taken || parts.iter().any(|part| self.snapshots.contains(&of_part(&part.volume)));
+                Event::PreflightPassed(Box::new(Facts { parts, name_taken, no_room, ..facts(database) }))
             }
             Effect::StartBackupMode { .. } => {
                 assert!(self.session, "backup mode needs the session of the preflight");
@@ -137,22 +175,33 @@ impl World {
                 Event::BackupModeStarted { lsn: "0/2000028".to_owned(), timeline: Some(1) }
             }
             Effect::TakeSnapshot { name } => {
-                if !(fails && self.arrives_late) {
+                let several = !self.parts.is_empty();
+                assert!(
+                    !several || self.backup_mode || !self.running,
+                    "nobody could see a checkpoint come between"
+                );
+                self.snapshots.extend(self.parts.iter().map(|part| of_part(&part.volume)));
+                // One of several fails in between.
+                if !(fails && (self.arrives_late || several)) {
                     self.snapshots.insert(name.clone());
                 }
                 if fails {
                     return Some(Event::Failed(transient()));
                 }
-                Event::SnapshotTaken(SnapshotRecord { name: name.clone(), id: 4, size: 1 << 30 })
+                taken(name, self.parts.len())
             }
             Effect::FindSnapshot { name } => {
                 if fails {
                     return Some(Event::Failed(transient()));
                 }
+                assert!(
+                    self.parts.is_empty(),
+                    "of several images it is not known whether they are one state"
+                );
                 if !self.snapshots.contains(name) {
                     return Some(Event::SnapshotMissing);
                 }
-                Event::SnapshotTaken(SnapshotRecord { name: name.clone(), id: 4, size: 1 << 30 })
+                taken(name, 0)
             }
             Effect::StopBackupMode => {
                 assert!(self.backup_mode, "only a session in backup mode is stopped");
@@ -186,6 +235,9 @@ impl World {
                     return Some(Event::Failed(transient()));
                 }
                 self.snapshots.remove(name);
+                for part in &self.parts {
+                    self.snapshots.remove(&of_part(&part.volume));
+                }
                 Event::Undone
             }
         })
@@ -251,12 +303,21 @@ fn check(status: &BackupStatus, world: &World) {
         Phase::Taken => {
             assert!(world.snapshots.contains(NAME), "taken, but there is no snapshot");
             assert_eq!(status.snapshot.as_ref().unwrap().name, NAME);
+            assert_eq!(status.parts.len(), world.parts.len());
+            for part in &status.parts {
+                assert!(
+                    part.snapshot.is_some() && world.snapshots.contains(&of_part(&part.volume)),
+                    "{part:?}"
+                );
+            }
             assert!(status.failure.is_none());
             let online = status.consistency == Some(Consistency::Online);
             assert_eq!(online, status.stop_lsn.is_some() && status.label.is_some());
         }
         Phase::Failed => {
+            let left = |part: &PartRecord| world.snapshots.contains(&of_part(&part.volume));
             assert!(!world.snapshots.contains(NAME), "a failed backup left its snapshot");
+            assert!(!world.parts.iter().any(left), "a failed backup left a snapshot");
             let failure = status.failure.as_ref().unwrap();
             assert!(!failure.reason.is_empty() && !failure.cure.is_empty());
             assert!(status.snapshot.is_none() && status.consistency.is_none());
@@ -310,6 +371,8 @@ fn a_death_at_any_point_ends_in_the_same_good_backup() {
         (no_right, WantedConsistency::Default),
         (no_room, WantedConsistency::Default),
         (locked_out, WantedConsistency::Default),
+        (World { parts: parts(), ..World::new() }, WantedConsistency::Default),
+        (World { parts: parts(), running: false, ..World::new() }, WantedConsistency::Default),
     ] {
         let order = order(wanted);
         let (_, effects) = run(&order, &mut world.clone(), &[]);
@@ -330,9 +393,13 @@ fn a_death_at_any_point_ends_in_the_same_good_backup() {
 
 #[test]
 fn a_failure_at_any_point_is_undone_and_tried_again() {
-    for wanted in [WantedConsistency::Default, EXPLICIT_ONLINE] {
+    for (wanted, parts) in [
+        (WantedConsistency::Default, vec![]),
+        (EXPLICIT_ONLINE, vec![]),
+        (WantedConsistency::Default, parts()),
+    ] {
         for failing in 0..6 {
-            let mut world = World::new();
+            let mut world = World { parts: parts.clone(), ..World::new() };
             world.script = (0..=failing).map(|i| i == failing).collect();
             let (status, _) = run(&order(wanted), &mut world, &[]);
             check(&status, &world);
@@ -473,14 +540,52 @@ fn an_image_without_locks_makes_a_stopped_database_crash_consistent_or_refuses_a
 }
 
 #[test]
+fn several_volumes_are_backed_up_online_or_at_rest_and_never_without_a_session() {
+    let several = World { parts: parts(), ..World::new() };
+    let mut world = several.clone();
+    let (status, _) = run(&order(WantedConsistency::Default), &mut world, &[]);
+    check(&status, &world);
+    assert_eq!((status.phase, status.consistency), (Phase::Taken, Some(Consistency::Online)));
+
+    let credentials = || Some(Problem::new(FailureKind::Credentials, "no Secret", "make one"));
+    let locked_out = World { absent: credentials(), ..several.clone() };
+    let no_right = World { no_right: true, ..several.clone() };
+    let unproven = World { running: false, unproven: true, ..several.clone() };
+    let crash = WantedConsistency::Explicit(Consistency::Crash);
+    for (mut world, wanted, cure) in [
+        (locked_out, WantedConsistency::Default, "make one"),
+        (no_right, WantedConsistency::Default, "GRANT it"),
+        (unproven, WantedConsistency::Default, "enable it"),
+        (several, crash, "annotate online"),
+    ] {
+        let (status, _) = run(&order(wanted), &mut world, &[]);
+        check(&status, &world);
+        assert_eq!(status.phase, Phase::Failed, "{cure}");
+        assert!(status.failure.unwrap().cure.contains(cure), "{cure}");
+    }
+}
+
+#[test]
+fn a_session_that_is_lost_after_all_snapshots_leaves_a_crash_consistent_backup_of_several_volumes() {
+    let mut world = World { parts: parts(), script: [false, false, false, true].into(), ..World::new() };
+    let (status, _) = run(&order(WantedConsistency::Default), &mut world, &[]);
+    check(&status, &world);
+    assert_eq!((status.phase, status.attempt), (Phase::Taken, 1));
+    assert_eq!(status.consistency, Some(Consistency::Crash));
+}
+
+#[test]
 fn an_undo_that_never_works_is_stuck_and_says_what_to_run() {
-    let mut world = World::new();
+    let mut world = World { parts: parts(), ..World::new() };
     // Preflight and start work, the snapshot's answer is lost, and no removal works.
     world.script = [false, false].into_iter().chain(std::iter::repeat_n(true, 100)).collect();
     let (status, _) = run(&order(WantedConsistency::Default), &mut world, &[]);
     check(&status, &world);
     assert_eq!(status.phase, Phase::Stuck);
-    assert!(status.failure.unwrap().cure.contains("rbd snap rm replicapool/csi-vol-1@howdah-"));
+    let cure = status.failure.unwrap().cure;
+    for image in ["csi-vol-1", PARTS[0], PARTS[1]] {
+        assert!(cure.contains(&format!("rbd snap rm replicapool/{image}@howdah-")), "{cure}");
+    }
 }
 
 #[test]
@@ -494,13 +599,12 @@ fn a_backup_found_after_its_deadline_fails_without_touching_anything() {
 
 #[test]
 fn every_phase_answers_every_event() {
-    let snapshot = SnapshotRecord { name: NAME.to_owned(), id: 4, size: 1 };
     let facts = facts(Database::Stopped { doubt: None });
     let events = [
         Event::Resumed,
         Event::PreflightPassed(Box::new(facts)),
         Event::BackupModeStarted { lsn: String::new(), timeline: None },
-        Event::SnapshotTaken(snapshot),
+        taken(NAME, 0),
         Event::SnapshotMissing,
         Event::BackupModeStopped { lsn: String::new(), label: String::new(), spcmap: String::new() },
         Event::Recorded,
@@ -562,11 +666,13 @@ proptest! {
         deaths in proptest::collection::vec((any::<bool>(), 0usize..60), 0..8),
         explicit in any::<bool>(),
         running in any::<bool>(),
+        several in any::<bool>(),
     ) {
         let wanted = if explicit { EXPLICIT_ONLINE } else { WantedConsistency::Default };
         let deaths: Vec<Death> =
             deaths.into_iter().map(|(before, at)| if before { Death::Before(at) } else { Death::After(at) }).collect();
-        let mut world = World { running, script: script.into(), ..World::new() };
+        let parts = if several { parts() } else { Vec::new() };
+        let mut world = World { running, parts, script: script.into(), ..World::new() };
         let (status, _) = run(&order(wanted), &mut world, &deaths);
         check(&status, &world);
     }

@@ -145,6 +145,10 @@ pub struct BackupStatus {
     /// The further images that hold parts of the database; empty where it lies on one volume.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub parts: Vec<PartRecord>,
+    /// The pod's volumes that are mounted beside the database and hold nothing of it, as PostgreSQL said. While it is
+    /// stopped that is known from here.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub beside: Vec<String>,
     /// The pod whose volume it is; absent when the database was stopped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pod: Option<String>,

@@ -5,15 +5,19 @@
 use std::time::Duration;
 
 use howdah_adapters::ceph::Ceph;
-use howdah_adapters::kubernetes::{Credentials, KubernetesError, ResolveError, find, is_ready};
+use howdah_adapters::kubernetes::{Credentials, KubernetesError, ResolveError, call, find, is_ready};
 use howdah_adapters::postgres::{ServerFacts, Session as PostgresSession, Target};
+use howdah_adapters::records::PostgresBackup;
 use howdah_core::annotations::{Consistency, Settings};
-use howdah_core::backup::{Database, Facts, FailureKind, ImageRecord, Problem, Session};
+use howdah_core::backup::{
+    BackupStatus, Database, Facts, FailureKind, ImageRecord, PartRecord, Problem, Session,
+};
 use howdah_core::names;
-use howdah_core::preflight::{self, DEFAULT_DATA_DIRECTORY, Mount, Place, Server};
+use howdah_core::preflight::{self, Claims, DEFAULT_DATA_DIRECTORY, Mount, Place, Server};
 use howdah_core::volume::RbdVolume;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+use kube::api::ListParams;
 use kube::{Api, ResourceExt as _};
 use tokio::time::Instant;
 use tracing::warn;
@@ -39,6 +43,18 @@ pub(super) struct Found {
     claim: String,
     /// And its volume.
     pub(super) volume: RbdVolume,
+}
+
+/// One image of the database, as Ceph sees it.
+struct Seen {
+    image: ImageRecord,
+    /// Snapshots of ours.
+    snapshots: usize,
+    snapshots_in_all: usize,
+    /// It has one of the name this backup would use.
+    name_taken: bool,
+    /// Why it cannot be said that no client left writes behind.
+    doubt: Option<Problem>,
 }
 
 impl Effects<'_> {
@@ -70,7 +86,7 @@ impl Effects<'_> {
         };
         let (container, mounts) = database_container(spec, &claim_name)?;
         let container = container.clone();
-        let claim = preflight::one_claim(&mounts, &places(&container, None))?;
+        let claim = preflight::claims(&mounts, &places(&container, None))?.data;
         let volume = self.volume(&claim).await?;
         Ok(Found { settings, pod, container, mounts, claim, volume })
     }
@@ -103,56 +119,128 @@ impl Effects<'_> {
         if let Some(facts) = server {
             fit(facts)?;
         }
-        let claim = preflight::one_claim(&mounts, &places(&container, server))?;
+        let claims = preflight::claims(&mounts, &places(&container, server))?;
+        let (claims, beside) = match server {
+            Some(_) => {
+                let beside = preflight::unexplained(&mounts, &claims);
+                (claims, beside.into_iter().map(|claim| claim.volume).collect())
+            }
+            None => self.explain(claims, &mounts, &session).await?,
+        };
 
         // PostgreSQL may keep its data elsewhere than the pod says.
-        let volume = if claim == of_data { volume } else { self.volume(&claim).await? };
-        preflight::volume_fit(&volume, pod.is_some())?;
+        let volume = if claims.data == of_data { volume } else { self.volume(&claims.data).await? };
         let ceph = self.ceph.insert(connect_ceph(self.cx).await?).clone();
-        let image = volume.image_spec();
-        // Each is a process of its own that has to connect first: together they take as long as one. While the cluster is
-        // paused the others have no answer, and the health check says why.
-        let (no_room, info, watchers, snapshots) = tokio::try_join!(
-            room(self.cx, &ceph, &volume.pool),
-            async { ceph.info(&image).await.map_err(of_ceph) },
-            async { ceph.watchers(&image).await.map_err(of_ceph) },
-            async { ceph.snapshots(&image).await.map_err(of_ceph) },
-        )?;
-        let addresses: Vec<String> = watchers.iter().map(|watcher| ip_of(&watcher.address)).collect();
-        let own = self.order.snapshot_name();
-        let state = match &pod {
-            None => {
-                let owners = ceph.lock_owners(&image).await.map_err(of_ceph)?;
-                preflight::at_rest(&image, &addresses, &owners)?;
-                Database::Stopped { doubt: preflight::rest_unproven(&image, info.has_exclusive_lock()) }
-            }
+        // While the cluster is paused other commands have no answer, and the health check says why.
+        let (no_room, data) =
+            tokio::try_join!(room(self.cx, &ceph, &volume.pool), self.see(&ceph, &volume, pod.as_ref()))?;
+        let mut seen = vec![data];
+        let mut parts = Vec::new();
+        for claim in claims.parts {
+            let volume = self.volume(&claim.claim).await?;
+            let part = self.see(&ceph, &volume, pod.as_ref()).await?;
+            let image = part.image.clone();
+            parts.push(PartRecord { volume: claim.volume, wal: claim.wal, image, snapshot: None });
+            seen.push(part);
+        }
+        preflight::one_pool(&seen[0].image, &parts)?;
+        if let Some(part) = parts.first() {
+            return Err(Problem::new(
+                FailureKind::Permanent,
+                format!("a part of the database lies on the volume {}", part.volume),
+                "keep the whole database on one claim: restores of several are not there yet",
+            ));
+        }
+        let database = match &pod {
+            None => Database::Stopped { doubt: seen.iter().find_map(|seen| seen.doubt.clone()) },
             Some(pod) => {
-                if !info.has_exclusive_lock() {
-                    return Err(Problem::new(
-                        FailureKind::Permanent,
-                        format!(
-                            "image {image} lacks the feature exclusive-lock: a snapshot would not be atomic"
-                        ),
-                        format!("stop the database and run: rbd feature enable {image} exclusive-lock"),
-                    ));
-                }
-                preflight::watchers_fit(&pod.name_any(), &host_ips(pod), &addresses)?;
                 let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
                 Database::Running { pod: pod.name_any(), node, session }
             }
         };
+        let most = |count: fn(&Seen) -> usize| seen.iter().map(count).max().unwrap_or_default();
         Ok(Facts {
+            parts,
+            beside,
+            snapshots: most(|seen| seen.snapshots),
+            snapshots_in_all: most(|seen| seen.snapshots_in_all),
+            no_room,
+            name_taken: seen.iter().any(|seen| seen.name_taken),
+            database,
+            image: seen.swap_remove(0).image,
+        })
+    }
+
+    /// What earlier backups tell of a database that cannot be asked where it lies.
+    async fn explain(
+        &self,
+        claims: Claims,
+        mounts: &[Mount],
+        session: &Session,
+    ) -> Result<(Claims, Vec<String>), Problem> {
+        if preflight::unexplained(mounts, &claims).is_empty() {
+            return Ok((claims, Vec::new()));
+        }
+        let namespace = self.namespace();
+        let api = Api::<PostgresBackup>::namespaced(self.cx.kubernetes.client().clone(), &namespace);
+        let all = call(format!("list the backups of {namespace}"), api.list(&ListParams::default())).await;
+        let all = all.map_err(|error| of_kubernetes(&error))?.items;
+        let own = all.iter().filter(|backup| backup.spec.stateful_set == self.backup.spec.stateful_set);
+        let mut recorded: Vec<&BackupStatus> = own
+            .filter_map(|backup| backup.status.as_ref())
+            .filter(|status| status.phase.is_success())
+            .collect();
+        recorded.sort_by_key(|status| std::cmp::Reverse(status.slot));
+        preflight::explain(claims, mounts, &recorded).map_err(|unknown| match session {
+            // With a session there would be nothing to explain.
+            Session::Absent(problem) => Problem::new(
+                problem.kind,
+                format!("{}; {}", problem.reason, unknown.reason),
+                problem.cure.clone(),
+            ),
+            Session::Open { .. } | Session::NotWanted => unknown,
+        })
+    }
+
+    /// Looks at one image of the database, and whether nobody writes to it but the pod.
+    async fn see(&self, ceph: &Ceph, volume: &RbdVolume, pod: Option<&Pod>) -> Result<Seen, Problem> {
+        preflight::volume_fit(volume, pod.is_some())?;
+        let image = volume.image_spec();
+        // Each is a process of its own that has to connect first: together they take as long as one.
+        let (info, watchers, snapshots) =
+            tokio::try_join!(ceph.info(&image), ceph.watchers(&image), ceph.snapshots(&image))
+                .map_err(of_ceph)?;
+        let addresses: Vec<String> = watchers.iter().map(|watcher| ip_of(&watcher.address)).collect();
+        let doubt = match pod {
+            None => {
+                let owners = ceph.lock_owners(&image).await.map_err(of_ceph)?;
+                preflight::at_rest(&image, &addresses, &owners)?;
+                preflight::rest_unproven(&image, info.has_exclusive_lock())
+            }
+            Some(_) if !info.has_exclusive_lock() => {
+                return Err(Problem::new(
+                    FailureKind::Permanent,
+                    format!("image {image} lacks the feature exclusive-lock: a snapshot would not be atomic"),
+                    format!("stop the database and run: rbd feature enable {image} exclusive-lock"),
+                ));
+            }
+            Some(pod) => {
+                preflight::watchers_fit(&pod.name_any(), &host_ips(pod), &addresses)?;
+                None
+            }
+        };
+        let own = self.order.snapshot_name();
+        Ok(Seen {
             image: ImageRecord {
-                pool: volume.pool,
-                rados_namespace: volume.rados_namespace,
-                name: volume.image,
+                pool: volume.pool.clone(),
+                rados_namespace: volume.rados_namespace.clone(),
+                name: volume.image.clone(),
                 id: info.id,
             },
             snapshots: snapshots.iter().filter(|s| s.name.starts_with(names::SNAPSHOT_PREFIX)).count(),
             snapshots_in_all: snapshots.len(),
-            no_room,
             name_taken: snapshots.iter().any(|snapshot| snapshot.name == own),
-            database: state,
+            doubt,
         })
     }
 
@@ -298,17 +386,23 @@ pub fn database_container<'a>(
 ) -> Result<(&'a Container, Vec<Mount>), Problem> {
     let mounts = |container: &Container| -> Vec<Mount> {
         let mounts = container.volume_mounts.iter().flatten();
-        mounts.map(|mount| Mount { path: mount.mount_path.clone(), claim: claim_name(&mount.name) }).collect()
+        mounts
+            .map(|mount| Mount {
+                path: mount.mount_path.clone(),
+                volume: mount.name.clone(),
+                claim: claim_name(&mount.name),
+            })
+            .collect()
     };
     let all: Vec<(&Container, Vec<Mount>)> =
         spec.containers.iter().map(|container| (container, mounts(container))).collect();
     let fits = all
         .iter()
-        .position(|(container, mounts)| preflight::one_claim(mounts, &[data_directory(container)]).is_ok());
+        .position(|(container, mounts)| preflight::claims(mounts, &[data_directory(container)]).is_ok());
     let chosen = all.into_iter().nth(fits.unwrap_or(0));
     let (container, mounts) = chosen.ok_or_else(|| strange("the pod has no containers"))?;
     // Where no container fits, the judgement of the first one says what is wrong.
-    preflight::one_claim(&mounts, &[data_directory(container)])?;
+    preflight::claims(&mounts, &[data_directory(container)])?;
     Ok((container, mounts))
 }
 
@@ -318,24 +412,18 @@ fn plain_env(container: &Container, name: &str) -> Option<String> {
 }
 
 fn data_directory(container: &Container) -> Place {
-    let path = plain_env(container, "PGDATA").unwrap_or_else(|| DEFAULT_DATA_DIRECTORY.to_owned());
-    Place { what: "the data directory".to_owned(), path }
+    Place::data(plain_env(container, "PGDATA").unwrap_or_else(|| DEFAULT_DATA_DIRECTORY.to_owned()))
 }
 
-/// Every folder the snapshot must hold: as PostgreSQL says, or as the pod says while it cannot be asked.
+/// Every folder the backup must hold: as PostgreSQL says, or as the pod says while it cannot be asked.
 pub fn places(container: &Container, server: Option<&ServerFacts>) -> Vec<Place> {
     let mut places = vec![data_directory(container)];
     if let Some(facts) = server {
         places[0].path.clone_from(&facts.data_directory);
-        places.extend(
-            facts
-                .tablespaces
-                .iter()
-                .map(|(name, path)| Place { what: format!("the tablespace {name}"), path: path.clone() }),
-        );
+        places.extend(facts.tablespaces.iter().map(|(name, path)| Place::tablespace(name, path.clone())));
     }
     let wal = plain_env(container, "POSTGRES_INITDB_WALDIR");
-    places.extend(wal.map(|path| Place { what: "the WAL directory".to_owned(), path }));
+    places.extend(wal.map(Place::wal));
     places
 }
 
@@ -450,7 +538,7 @@ mod tests {
         let claims = |volume: &str| claim_of_template(&database, spec, volume);
         let (container, mounts) = database_container(spec, &claims).unwrap();
         assert_eq!(container.name, "postgres");
-        assert_eq!(preflight::one_claim(&mounts, &places(container, None)).unwrap(), "data-pg-1");
+        assert_eq!(preflight::claims(&mounts, &places(container, None)).unwrap().data, "data-pg-1");
     }
 
     #[test]
@@ -463,7 +551,7 @@ mod tests {
         let spec = database.spec.as_ref().unwrap().template.spec.as_ref().unwrap();
         let claims = |volume: &str| claim_of_template(&database, spec, volume);
         let (container, mounts) = database_container(spec, &claims).unwrap();
-        let problem = preflight::one_claim(&mounts, &places(container, None)).unwrap_err();
+        let problem = preflight::claims(&mounts, &places(container, None)).unwrap_err();
         assert!(problem.reason.contains("/tmp/wal"), "{}", problem.reason);
     }
 }

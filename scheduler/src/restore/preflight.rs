@@ -67,7 +67,7 @@ impl Restore<'_> {
         let template = spec.template.spec.as_ref().ok_or_else(|| strange("the template has no pod spec"))?;
         let claim_name = |volume: &str| claim_of_template(&database, template, volume);
         let (container, mounts) = database_container(template, &claim_name)?;
-        let claim = preflight::one_claim(&mounts, &places(container, None))?;
+        let claim = preflight::claims(&mounts, &places(container, None))?.data;
         let volume = self.cx.kubernetes.rbd_volume(&namespace, &claim).await;
         let volume = volume.map_err(|error| of_resolve(&error))?;
         preflight::volume_fit(&volume, false)?;

@@ -84,6 +84,7 @@ fn full_status() -> BackupStatus {
                 size: 1 << 30,
             }),
         }],
+        beside: vec!["dumps".to_owned()],
         pod: text(),
         node: text(),
         postgres_version: text(),
