@@ -279,7 +279,7 @@ impl fmt::Display for KeepReason {
 pub enum DeleteReason {
     /// No rule keeps it.
     NotKept,
-    /// It was not completed, and a newer one is good.
+    /// It was not completed, or a part of it is gone, and a newer one is good.
     Unfinished,
     /// A restore drill found it damaged, and a newer one is good.
     Damaged,
@@ -291,7 +291,7 @@ impl fmt::Display for DeleteReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotKept => f.write_str("no rule keeps it"),
-            Self::Unfinished => f.write_str("never completed, and a newer backup is good"),
+            Self::Unfinished => f.write_str("incomplete, and a newer backup is good"),
             Self::Damaged => f.write_str("found damaged by a restore drill, and a newer backup is good"),
             Self::OverLimit => write!(f, "over the limit of {SNAPSHOTS_PER_IMAGE_MAX} snapshots per image"),
         }

@@ -5,6 +5,11 @@
 //!
 //! A restore may have set the image aside that earlier backups lie in: all images of the lineage are judged as one, and
 //! an image that was set aside goes to the trash once its time is over and nothing depends on it.
+//!
+//! A database on several volumes is judged by the image with its data directory; what lies in the others goes with that
+//! (`prune/parts.rs`).
+
+mod parts;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -25,6 +30,7 @@ use kube::{Api, Client, ResourceExt as _};
 use thiserror::Error;
 use tracing::{debug, info, warn};
 
+use self::parts::Parts;
 use crate::run::Record;
 
 /// Pause between two deletions: each one makes every OSD trim objects in the background.
@@ -99,18 +105,15 @@ impl Pruning<'_> {
     /// # Errors
     /// If the facts cannot be read, or a deletion fails; what was deleted before stays deleted.
     pub async fn run(&self, now: Timestamp) -> Result<Pruned, PruneError> {
-        let image = self.image.spec();
-        let info = self.ceph.info(&image).await?;
-        if info.id != self.image.id {
-            return Err(PruneError::OtherImage { image, found: info.id, wanted: self.image.id.clone() });
-        }
         let records = self.records().await?;
         let wanted = self.wanted_by_restores().await?;
-        let all = self.lineage().await?;
+        let all = self.lineage(self.image).await?;
+        let parts = self.parts(&all, &records).await?;
         for held in &all {
             self.copy_holds(held, &records).await?;
         }
-        let items: Vec<Item> = all.iter().flat_map(|held| self.items(held, &records, &wanted)).collect();
+        let items: Vec<Item> =
+            all.iter().flat_map(|held| self.items(held, &records, &wanted, &parts)).collect();
         let plan = retention::plan(now, &self.settings.time_zone, self.settings.retention.as_ref(), &items);
         let mut pruned = Pruned {
             kept: plan.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Keep(_))).count(),
@@ -137,16 +140,23 @@ impl Pruning<'_> {
         }
         self.tidy_catalogue(&all).await?;
         self.tidy_records(&records, &all, &pruned).await;
-        self.retire(&all, now).await?;
+        self.sweep_parts(&all, &parts, &records, now).await?;
+        for lineage in std::iter::once(&all).chain(parts.lineages()) {
+            self.retire(lineage, now).await?;
+        }
         Ok(pruned)
     }
 
     /// The image, and those that it took the place of and that are still there.
-    async fn lineage(&self) -> Result<Vec<Held>, PruneError> {
-        let live = self.held(self.image.clone()).await?;
+    async fn lineage(&self, image: &ImageRecord) -> Result<Vec<Held>, PruneError> {
+        let found = self.ceph.info(&image.spec()).await?.id;
+        if found != image.id {
+            return Err(PruneError::OtherImage { image: image.spec(), found, wanted: image.id.clone() });
+        }
+        let live = self.held(image.clone()).await?;
         let mut all = Vec::new();
         for id in lineage::ids(&live.metadata) {
-            let wanted = ImageRecord { id, ..self.image.clone() };
+            let wanted = ImageRecord { id, ..image.clone() };
             match self.ceph.image_by_id(&wanted).await {
                 Ok(found) => all.push(self.held(ImageRecord { name: found.name, ..wanted }).await?),
                 Err(error) if error.is_not_found() => {}
@@ -272,12 +282,20 @@ impl Pruning<'_> {
     }
 
     /// What is known of each snapshot of an image. Its clones are asked for only before a deletion.
-    fn items(&self, held: &Held, records: &[PostgresBackup], wanted: &BTreeSet<(String, u64)>) -> Vec<Item> {
+    fn items(
+        &self,
+        held: &Held,
+        records: &[PostgresBackup],
+        wanted: &BTreeSet<(String, u64)>,
+        parts: &Parts,
+    ) -> Vec<Item> {
         let Held { image, snapshots, metadata } = held;
+        let shelf = held;
         let item = |snapshot: &Snapshot| {
             let name = &snapshot.name;
             let own: Vec<&PostgresBackup> =
                 records.iter().filter(|record| is_of(record, snapshot, image)).collect();
+            let whole = parts.are_whole(shelf, snapshot, &own);
             // Without a record the copy of the hold counts, until the catalogue was rebuilt.
             let mut held = own.is_empty() && metadata.contains_key(&names::hold_meta_key(name));
             let (mut in_use, mut taken, mut verified, mut damaged) = (false, false, false, false);
@@ -294,10 +312,7 @@ impl Pruning<'_> {
             }
             let just_taken = image.id == self.image.id
                 && self.status.snapshot.as_ref().is_some_and(|own| own.id == snapshot.id);
-            let entry = metadata
-                .get(&names::image_meta_key(name))
-                .and_then(|value| Entry::from_value(value).ok())
-                .filter(|entry| entry.snapshot_id == snapshot.id && entry.image_id == image.id);
+            let entry = shelf.entry(snapshot);
             // The record is written first, so it knows the later drill.
             let drill = entry.as_ref().filter(|_| !taken && !damaged).and_then(|entry| entry.drill.as_ref());
             verified |= drill.is_some_and(Drill::is_good);
@@ -306,6 +321,7 @@ impl Pruning<'_> {
             let slot = names::slot_of_snapshot(name).filter(|_| snapshot.by_user);
             let state = match slot {
                 None => ItemState::Foreign,
+                Some(_) if !whole => ItemState::Unfinished,
                 Some(_) if damaged => ItemState::Damaged,
                 Some(_) if verified => ItemState::Verified,
                 Some(_) if taken || catalogued || just_taken => ItemState::Taken,
@@ -338,6 +354,19 @@ impl Pruning<'_> {
             let own = status.and_then(|status| status.snapshot.as_ref().zip(status.image.as_ref()));
             own.is_some_and(|(own, image)| own.name == item.snapshot && image.id == held.image.id)
         });
+        let parts = self.parts_of(item, held, record).await?;
+        for part in &parts {
+            let clones = self.ceph.children(&part.spec(), &item.snapshot).await?;
+            if !clones.is_empty() {
+                info!(
+                    image = part.spec(),
+                    snapshot = item.snapshot,
+                    clones = clones.join(", "),
+                    "kept: it has clones"
+                );
+                return Ok(false);
+            }
+        }
         if let Some(record) = record {
             let name = record.name_any();
             let fresh = find(format!("get the backup {}/{name}", self.namespace), &api, &name).await?;
@@ -355,6 +384,9 @@ impl Pruning<'_> {
             Err(error) => return Err(error.into()),
         }
         self.ceph.remove_metadata(&image, &names::image_meta_key(&item.snapshot)).await?;
+        for part in &parts {
+            self.remove_part(part, &item.snapshot).await?;
+        }
         if let Some(record) = record {
             self.delete_record(record).await?;
         }
@@ -431,6 +463,13 @@ impl Pruning<'_> {
 }
 
 impl Held {
+    /// The catalogue's entry of a snapshot of this image.
+    fn entry(&self, snapshot: &Snapshot) -> Option<Entry> {
+        let value = self.metadata.get(&names::image_meta_key(&snapshot.name))?;
+        let entry = Entry::from_value(value).ok()?;
+        (entry.snapshot_id == snapshot.id && entry.image_id == self.image.id).then_some(entry)
+    }
+
     /// Whether a user's snapshot has this name.
     fn has(&self, snapshot: &str) -> bool {
         self.snapshots.iter().any(|found| found.by_user && found.name == snapshot)

@@ -24,7 +24,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tracing::{info, warn};
 
-use self::parts::{Original, Parts, name_of};
+use self::parts::{Disk, Original, Parts, disk_name, is_of, name_of};
 use crate::context::Context;
 use crate::effects::preflight::{
     claim_of_template, database_container, of_kubernetes, of_resolve, places, protected,
@@ -85,31 +85,44 @@ impl Drill<'_> {
         }
     }
 
-    /// The backup's image and snapshot, by their ids: a restore may have renamed the image.
-    async fn source(&mut self, status: &BackupStatus) -> Result<(ImageRecord, SnapshotRecord), Problem> {
-        let lacks = || permanent("the record names no snapshot", "only a backup that was taken can be tried");
-        let image = status.image.as_ref().ok_or_else(lacks)?;
-        let snapshot = status.snapshot.as_ref().ok_or_else(lacks)?;
-        let ceph = self.ceph().await?;
-        let found = ceph.image_by_id(image).await.map_err(of_ceph)?;
-        let image = ImageRecord { name: found.name, ..image.clone() };
-        let all = ceph.snapshots(&image.spec()).await.map_err(of_ceph)?;
-        if !all.iter().any(|found| found.id == snapshot.id && found.name == snapshot.name) {
-            return Err(permanent(
-                format!("the snapshot {}@{} is gone", image.spec(), snapshot.name),
-                "it was pruned or removed by hand; another backup is tried next",
-            ));
+    /// The backup's images and snapshots, the one with the data directory first, by their ids: a restore may have renamed an
+    /// image.
+    async fn sources(
+        &mut self,
+        status: &BackupStatus,
+    ) -> Result<Vec<(ImageRecord, SnapshotRecord)>, Problem> {
+        let data = (status.image.as_ref(), status.snapshot.as_ref());
+        let parts = status.parts.iter().map(|part| (Some(&part.image), part.snapshot.as_ref()));
+        let mut sources = Vec::new();
+        for (image, snapshot) in std::iter::once(data).chain(parts) {
+            let (Some(image), Some(snapshot)) = (image, snapshot) else {
+                return Err(permanent(
+                    "the record names no snapshot",
+                    "only a backup that was taken can be tried",
+                ));
+            };
+            let ceph = self.ceph().await?;
+            let found = ceph.image_by_id(image).await.map_err(of_ceph)?;
+            let image = ImageRecord { name: found.name, ..image.clone() };
+            let all = ceph.snapshots(&image.spec()).await.map_err(of_ceph)?;
+            if !all.iter().any(|found| found.id == snapshot.id && found.name == snapshot.name) {
+                return Err(permanent(
+                    format!("the snapshot {}@{} is gone", image.spec(), snapshot.name),
+                    "it was pruned or removed by hand; another backup is tried next",
+                ));
+            }
+            sources.push((image, snapshot.clone()));
         }
-        Ok((image, snapshot.clone()))
+        Ok(sources)
     }
 
-    /// The clone; it lies beside the image.
-    fn clone_of(&self, image: &ImageRecord) -> ImageRecord {
-        ImageRecord { name: name_of(&self.uid()), ..image.clone() }
+    /// The clone of the `n`th source; it lies beside the image.
+    fn clone_of(&self, image: &ImageRecord, n: usize) -> ImageRecord {
+        ImageRecord { name: disk_name(&self.uid(), n), ..image.clone() }
     }
 
     /// What the database runs on.
-    async fn original(&self) -> Result<Original, Problem> {
+    async fn original(&self, status: &BackupStatus) -> Result<Original, Problem> {
         let (namespace, name) = (self.namespace(), self.record.spec.stateful_set.clone());
         let set = protected(self.cx, &namespace, &name).await?.ok_or_else(|| {
             permanent(
@@ -125,10 +138,37 @@ impl Drill<'_> {
         let (container, mounts) = database_container(&pod, &claim_name)?;
         let container = container.clone();
         let claim = howdah_core::preflight::claims(&mounts, &places(&container, None))?.data;
-        let mounted_as = container.volume_mounts.iter().flatten().map(|mount| mount.name.clone());
-        let mounted_as = mounted_as.filter(|volume| claim_name(volume).as_ref() == Some(&claim)).collect();
+        let mounted_as = |claim: &str| -> Vec<String> {
+            let mounts = container.volume_mounts.iter().flatten().map(|mount| mount.name.clone());
+            mounts.filter(|volume| claim_name(volume).as_deref() == Some(claim)).collect()
+        };
+        // Each claim, and the pod's volumes that mount it.
+        let mut wanted = vec![(claim.clone(), mounted_as(&claim))];
+        for part in &status.parts {
+            let mounted = container.volume_mounts.iter().flatten().any(|mount| mount.name == part.volume);
+            let Some(claim) = claim_name(&part.volume).filter(|_| mounted) else {
+                return Err(permanent(
+                    format!(
+                        "the backup holds the volume {}, and the StatefulSet {name} mounts none of that name",
+                        part.volume
+                    ),
+                    "a drill mounts each volume where it was: bring the mount back",
+                ));
+            };
+            let mounted_as = mounted_as(&claim);
+            wanted.push((claim, mounted_as));
+        }
+        let mut disks = Vec::new();
+        for (claim, mounted_as) in wanted {
+            disks.push(self.disk(&namespace, &claim, mounted_as).await?);
+        }
+        Ok(Original { disks, pod, container, query })
+    }
+
+    /// A volume of the database.
+    async fn disk(&self, namespace: &str, claim: &str, mounted_as: Vec<String>) -> Result<Disk, Problem> {
         let volume =
-            self.cx.kubernetes.rbd_volume(&namespace, &claim).await.map_err(|error| of_resolve(&error))?;
+            self.cx.kubernetes.rbd_volume(namespace, claim).await.map_err(|error| of_resolve(&error))?;
         if volume.encrypted {
             return Err(permanent(
                 format!("the volume {} is encrypted by ceph-csi", volume.volume),
@@ -140,14 +180,17 @@ impl Drill<'_> {
         let csi = found.map_err(|error| of_kubernetes(&error))?.spec.and_then(|spec| spec.csi);
         let (fs_type, stage_secret) =
             csi.map_or((None, None), |csi| (csi.fs_type, csi.node_stage_secret_ref));
-        Ok(Original { volume, fs_type, stage_secret, pod, container, mounted_as, query })
+        Ok(Disk { volume, fs_type, stage_secret, mounted_as })
     }
 
     /// Whether it can begin. Nothing is made.
     async fn preflight(&mut self, status: &BackupStatus) -> Result<Event, Problem> {
-        let (image, _) = self.source(status).await?;
-        self.original().await?;
-        self.sweep(&image).await;
+        let sources = self.sources(status).await?;
+        self.original(status).await?;
+        if let Some((image, _)) = sources.first() {
+            // All lie in one pool.
+            self.sweep(image).await;
+        }
         Ok(Event::PreflightPassed)
     }
 
@@ -155,14 +198,14 @@ impl Drill<'_> {
     /// is one drill at a time, so whatever is another's is nobody's.
     async fn sweep(&mut self, image: &ImageRecord) {
         let client = self.cx.kubernetes.client().clone();
-        let own = name_of(&self.uid());
+        let own = self.uid();
         let listed = ListParams::default().labels(names::DRILL_LABEL).limit(SWEEP_MAX);
         let volumes = Api::<PersistentVolume>::all(client.clone());
         let left = match call("list the volumes of restore drills", volumes.list(&listed)).await {
             Ok(volumes) => volumes.items,
             Err(error) => return warn!(error = %error, "sweep up after restore drills"),
         };
-        for name in left.iter().map(ResourceExt::name_any).filter(|name| *name != own) {
+        for name in left.iter().map(ResourceExt::name_any).filter(|name| !is_of(&own, name)) {
             match take_objects(client.clone(), &name).await {
                 Ok(()) => info!(name, "took away what a restore drill had left"),
                 Err(problem) => warn!(name, reason = problem.reason, "sweep up after restore drills"),
@@ -180,7 +223,8 @@ impl Drill<'_> {
             namespace => format!("{}/{namespace}", image.pool),
         };
         let images = ceph.images(&pool).await.map_err(of_ceph)?;
-        let left = images.into_iter().filter(|name| name.starts_with(names::DRILL_PREFIX) && name != own);
+        let left =
+            images.into_iter().filter(|name| name.starts_with(names::DRILL_PREFIX) && !is_of(own, name));
         for name in left.take(SWEEP_MAX as usize) {
             let clone = ImageRecord { name, ..image.clone() }.spec();
             if ceph.watchers(&clone).await.map_err(of_ceph)?.is_empty() {
@@ -191,27 +235,35 @@ impl Drill<'_> {
         Ok(())
     }
 
-    /// Clones the snapshot from nothing: what an earlier try left may have been written to.
-    async fn make_clone(&mut self, status: &BackupStatus) -> Result<Event, Problem> {
-        let (image, snapshot) = self.source(status).await?;
-        let clone = self.clone_of(&image).spec();
+    /// Clones the snapshots from nothing: what an earlier try left may have been written to.
+    async fn make_clones(&mut self, status: &BackupStatus) -> Result<Event, Problem> {
+        let sources = self.sources(status).await?;
         let ceph = self.ceph().await?;
-        let like = ceph.info(&image.spec()).await.map_err(of_ceph)?;
-        ceph.remove_unused(&clone).await.map_err(of_ceph)?;
-        ceph.clone_snapshot(&image.spec(), &snapshot.name, &clone, &like).await.map_err(of_ceph)?;
+        for (n, (image, snapshot)) in sources.iter().enumerate() {
+            let clone = self.clone_of(image, n).spec();
+            let like = ceph.info(&image.spec()).await.map_err(of_ceph)?;
+            ceph.remove_unused(&clone).await.map_err(of_ceph)?;
+            ceph.clone_snapshot(&image.spec(), &snapshot.name, &clone, &like).await.map_err(of_ceph)?;
+        }
         Ok(Event::Cloned)
     }
 
-    /// Makes volume, claim and pod; what is there already is of an earlier try.
+    /// Makes volumes, claims and pod; what is there already is of an earlier try.
     async fn start(&mut self, status: &BackupStatus) -> Result<Event, Problem> {
-        let (image, _) = self.source(status).await?;
-        let size = self.ceph().await?.info(&self.clone_of(&image).spec()).await.map_err(of_ceph)?.size;
-        let original = self.original().await?;
-        let parts = Parts::new(&self.uid(), &original, size)
+        let sources = self.sources(status).await?;
+        let ceph = self.ceph().await?;
+        let mut sizes = Vec::new();
+        for (n, (image, _)) in sources.iter().enumerate() {
+            sizes.push(ceph.info(&self.clone_of(image, n).spec()).await.map_err(of_ceph)?.size);
+        }
+        let original = self.original(status).await?;
+        let parts = Parts::new(&self.uid(), &original, &sizes)
             .map_err(|error| permanent(format!("make the drill's pod: {error}"), "report this as a bug"))?;
         let client = self.cx.kubernetes.client().clone();
-        create(&Api::all(client.clone()), &parts.volume).await?;
-        create(&Api::namespaced(client.clone(), names::VERIFY_NAMESPACE), &parts.claim).await?;
+        for made in &parts.volumes {
+            create(&Api::all(client.clone()), &made.volume).await?;
+            create(&Api::namespaced(client.clone(), names::VERIFY_NAMESPACE), &made.claim).await?;
+        }
         create(&Api::namespaced(client, names::VERIFY_NAMESPACE), &parts.pod).await?;
         Ok(Event::Started)
     }
@@ -225,7 +277,7 @@ impl Drill<'_> {
         let container = pod_status.container_statuses.iter().flatten().next();
         let state = container.and_then(|container| container.state.as_ref());
         if let Some(ended) = state.and_then(|state| state.terminated.as_ref()) {
-            let expect = match self.original().await {
+            let expect = match self.original(status).await {
                 Ok(original) => original.query.query.and(original.query.expect),
                 Err(problem) => return Err(problem),
             };
@@ -261,15 +313,24 @@ impl Drill<'_> {
     /// Takes everything away, pod first; waits a while for each to be gone.
     async fn remove(&mut self, status: &BackupStatus) -> Result<Event, Problem> {
         let client = self.cx.kubernetes.client().clone();
-        let name = name_of(&self.uid());
-        take_objects(client, &name).await?;
-        let Some(image) = &status.image else { return Ok(Event::Removed) };
-        let clone = self.clone_of(image).spec();
+        let images: Vec<&ImageRecord> =
+            status.image.iter().chain(status.parts.iter().map(|part| &part.image)).collect();
+        for n in 0..=status.parts.len() {
+            take_objects(client.clone(), &disk_name(&self.uid(), n)).await?;
+        }
+        for (n, image) in images.into_iter().enumerate() {
+            self.remove_clone(&self.clone_of(image, n)).await?;
+        }
+        Ok(Event::Removed)
+    }
+
+    async fn remove_clone(&mut self, clone: &ImageRecord) -> Result<(), Problem> {
+        let clone = clone.spec();
         let ceph = self.ceph().await?;
         for left in (0..GONE_TRIES).rev() {
             let watchers = match ceph.watchers(&clone).await {
                 Ok(watchers) => watchers,
-                Err(error) if error.is_not_found() => return Ok(Event::Removed),
+                Err(error) if error.is_not_found() => return Ok(()),
                 Err(error) => return Err(of_ceph(error)),
             };
             match watchers.first() {
@@ -283,13 +344,12 @@ impl Drill<'_> {
                 Some(_) => tokio::time::sleep(GONE_PAUSE).await,
             }
         }
-        ceph.remove_unused(&clone).await.map_err(of_ceph)?;
-        Ok(Event::Removed)
+        ceph.remove_unused(&clone).await.map_err(of_ceph)
     }
 
     /// Writes the result beside the backup's entry in the catalogue.
     async fn write_down(&mut self, status: &BackupStatus) -> Result<Event, Problem> {
-        let (image, _) = self.source(status).await?;
+        let sources = self.sources(status).await?;
         let name = self.record.name_any();
         let ceph = self.ceph().await?;
         let spec = &self.record.spec;
@@ -301,7 +361,9 @@ impl Drill<'_> {
             .to_value()
             .map_err(|error| permanent(error, "the record in the API server is whole; nothing to do"))?;
         let key = names::image_meta_key(&entry.snapshot);
-        ceph.set_metadata(&image.spec(), &key, &value).await.map_err(of_ceph)?;
+        for (image, _) in &sources {
+            ceph.set_metadata(&image.spec(), &key, &value).await.map_err(of_ceph)?;
+        }
         Ok(Event::Recorded)
     }
 
@@ -312,7 +374,7 @@ impl Drill<'_> {
     ) -> Result<Option<Event>, Problem> {
         Ok(Some(match effect {
             Effect::Preflight => self.preflight(status).await?,
-            Effect::Clone => self.make_clone(status).await?,
+            Effect::Clone => self.make_clones(status).await?,
             Effect::Start => self.start(status).await?,
             Effect::Look => self.look(status).await?,
             Effect::Remove => self.remove(status).await?,

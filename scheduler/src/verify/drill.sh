@@ -50,7 +50,7 @@ now_ms() {
     esac
 }
 # What PostgreSQL says when it is the data that is bad, and not the place it is started in.
-BAD='PANIC|invalid page|invalid .*checkpoint|could not locate a valid checkpoint|checksum|could not read blocks?|could not read file "(base|global|pg_wal|pg_xact)|could not open file "(base|global)/[^"]*": No such file|unexpected data beyond EOF|missing chunk number|could not access status of transaction|database files are incompatible|control file contains invalid|corrupt'
+BAD='PANIC|invalid page|invalid .*checkpoint|could not locate a valid checkpoint|checksum|could not read blocks?|could not read file "(base|global|pg_wal|pg_xact|pg_tblspc)|could not open file "(base|global|pg_tblspc)/[^"]*": No such file|required WAL directory .* does not exist|unexpected data beyond EOF|missing chunk number|could not access status of transaction|database files are incompatible|control file contains invalid|corrupt'
 # What it says when the disk or the memory of this place is at fault, or when somebody ended it.
 PLACE='No space left|Input/output error|Cannot allocate memory|out of memory|could not resize shared memory|canceling statement|terminating connection|server closed the connection|connection to server'
 say() {
