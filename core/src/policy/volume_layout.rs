@@ -1,14 +1,14 @@
 //! `volume-layout`: the whole database lies on volumes that outlive its pod, and that can be snapshotted together.
 //!
-//! **Intent.** Data on an emptyDir goes with the pod, and data on a hostPath stays behind on the node. Two volumes in
-//! different pools cannot be snapshotted at the same instant, so that a backup of them would not be one. A volume that
-//! many nodes may mount lets two of them write.
+//! **Intent.** Data on an emptyDir goes with the pod, and data on a hostPath stays behind on the node. Volumes in different
+//! pools are not backed up and restored together, so that a backup of them would not be one. A volume that many nodes may
+//! mount lets two of them write.
 //!
 //! **Fields.** What `PGDATA` (said, or the default of well-known images), the folder of the write-ahead log and the volumes
 //! mounted inside the data lie on; pool and cluster of their classes; the access modes of their claims. Volumes that hold
 //! no part of the database (`/dev/shm`, `/tmp`, scripts, scratch space of sidecars) are nobody's concern.
 //!
-//! **Fix.** One claim, mounted at or above `PGDATA`.
+//! **Fix.** One claim, mounted at or above `PGDATA`, or several of one storage class.
 
 use super::claims::{DataClaim, Pool, database_claims_at, resolve};
 use super::layout::{Ground, Place, places};
@@ -26,7 +26,7 @@ pub const RULE: Rule = Rule {
         "spec.template.spec.volumes",
         "spec.volumeClaimTemplates[*].spec.accessModes",
     ],
-    fix: "mount one claim of Ceph RBD at or above PGDATA, and keep the whole database on it",
+    fix: "mount a claim of Ceph RBD at or above PGDATA, and keep the whole database on it or on claims of the same class",
     targets: &[Target::StatefulSet],
     refusal: Refusal::Policy,
     check: Check::State(check),
@@ -115,13 +115,7 @@ fn in_several_pools(
     let templated = holding.iter().all(|claim| claim.is_templated());
     let field = if templated { "spec.volumeClaimTemplates" } else { "spec.template.spec.volumes" };
     if pools.iter().all(|pool| pool.is_some() && *pool == pools[0]) {
-        // The preflight of a backup refuses them too, but only once the first slot has come.
-        return subject.settings.schedule.is_some().then(|| {
-            let found = format!("a schedule, and the database on the volumes {names}");
-            Finding::new(field, found, "one volume, or every backup fails")
-                .fix("keep data, WAL and tablespaces on one volume: before Ceph 19 a snapshot of a group cannot be cloned")
-                .warning()
-        });
+        return None;
     }
     let known: Vec<String> = pools.iter().flatten().map(Pool::to_string).collect();
     if known.len() < pools.len() {
@@ -140,22 +134,13 @@ mod tests {
     use serde_json::{Value, json};
 
     fn found(container: Value, volumes: Value, templates: &[(&str, &str, &str)]) -> Vec<(String, Weight)> {
-        found_with(json!({}), container, volumes, templates)
-    }
-
-    fn found_with(
-        annotations: Value,
-        container: Value,
-        volumes: Value,
-        templates: &[(&str, &str, &str)],
-    ) -> Vec<(String, Weight)> {
         let templates: Vec<Value> = templates
             .iter()
             .map(|(name, class, mode)| {
                 json!({"metadata": {"name": name}, "spec": {"storageClassName": class, "accessModes": [mode]}})
             })
             .collect();
-        let object = json!({"metadata": {"name": "pg", "annotations": annotations}, "spec": {
+        let object = json!({"metadata": {"name": "pg"}, "spec": {
             "template": {"spec": {"containers": [container], "volumes": volumes}},
             "volumeClaimTemplates": templates,
         }});
@@ -220,17 +205,11 @@ mod tests {
         let container = json!({"image": "postgres:15", "env": [{"name": "POSTGRES_INITDB_WALDIR", "value": "/wal"}], "volumeMounts": [
             {"name": "data", "mountPath": DATA}, {"name": "wal", "mountPath": "/wal"},
         ]});
-        let with = |annotations: Value, wal: &str| {
+        let of = |wal: &str| {
             let claims = [("data", "rbd", "ReadWriteOnce"), ("wal", wal, "ReadWriteOnce")];
-            found_with(annotations, container.clone(), json!([]), &claims)
+            found(container.clone(), json!([]), &claims)
         };
-        let of = |wal: &str| with(json!({}), wal);
         assert!(of("rbd").is_empty());
-        let scheduled = with(json!({"howdah.dev/schedule": "@daily"}), "rbd");
-        assert_eq!(
-            scheduled,
-            [("a schedule, and the database on the volumes data, wal".to_owned(), Weight::Warning)]
-        );
         let apart = of("fast");
         assert_eq!(apart[0].1, Weight::Full);
         assert!(apart[0].0.ends_with("data, wal in the pools rook-ceph/a, rook-ceph/b"), "{}", apart[0].0);

@@ -144,13 +144,6 @@ impl Effects<'_> {
             seen.push(part);
         }
         preflight::one_pool(&seen[0].image, &parts)?;
-        if let Some(part) = parts.first() {
-            return Err(Problem::new(
-                FailureKind::Permanent,
-                format!("a part of the database lies on the volume {}", part.volume),
-                "keep the whole database on one claim: restores of several are not there yet",
-            ));
-        }
         let database = match &pod {
             None => Database::Stopped { doubt: seen.iter().find_map(|seen| seen.doubt.clone()) },
             Some(pod) => {

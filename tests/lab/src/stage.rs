@@ -7,6 +7,7 @@
 #![expect(clippy::unwrap_used, reason = "it is the stage of tests and benchmarks")]
 
 mod node;
+mod parts;
 mod restores;
 mod venues;
 
@@ -41,6 +42,7 @@ use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 pub use node::{Node, acknowledged};
+pub use parts::Part;
 pub use restores::RESTORE_LIMIT;
 use venues::{Turn, Venue};
 
@@ -328,12 +330,30 @@ impl Stage {
     fn database_with(&self, major: u32, name: &str, volume: &str, annotations: Value) -> Database<'_> {
         let place = Place::next(&self.lab);
         let root = place.root(&self.lab);
-        self.apply(&stateful_set(name, major, volume, &annotations, &place, root.to_str().unwrap()));
-        let claim = format!("data-{name}-0");
-        let claim = Claim::bound(&self.lab, self.namespace.name(), &claim).unwrap();
-        let image = claim.image().unwrap();
-        let server = Server::make(&self.lab, major, &image, place);
-        let database = Database { stage: self, name: name.to_owned(), image, server };
+        let objects = stateful_set(name, major, volume, &annotations, &place, root.to_str().unwrap());
+        self.database_of_objects(major, name, &objects, place, &[])
+    }
+
+    fn database_of_objects(
+        &self,
+        major: u32,
+        name: &str,
+        objects: &Value,
+        place: Place,
+        further: &[&str],
+    ) -> Database<'_> {
+        self.apply(objects);
+        let image = |volume: &str| {
+            let claim = format!("{volume}-{name}-0");
+            Claim::bound(&self.lab, self.namespace.name(), &claim).unwrap().image().unwrap()
+        };
+        let parts: Vec<Part> = further
+            .iter()
+            .map(|volume| Part { volume: (*volume).to_owned(), image: image(volume) })
+            .collect();
+        let image = image("data");
+        let server = Server::make(&self.lab, major, &image, place, &parts);
+        let database = Database { stage: self, name: name.to_owned(), image, parts, server };
         self.show_ready(name);
         database
     }
@@ -373,35 +393,40 @@ impl Place {
 pub struct Server {
     lab: Lab,
     place: Place,
-    // In this order: the server leaves the file system before it is unmounted.
+    // In this order: the server leaves the file systems before they are unmounted.
     postgres: Option<Process>,
+    parts: Vec<Mapping>,
     mapping: Option<Mapping>,
 }
 
 impl Server {
-    /// On a new file system.
-    fn make(lab: &Lab, major: u32, image: &str, place: Place) -> Self {
+    /// On new file systems.
+    fn make(lab: &Lab, major: u32, image: &str, place: Place, further: &[Part]) -> Self {
         let mapping = Mapping::open(lab, name_of(image), &place.name, true).unwrap();
         let data = mapping.path().join("data");
         let binaries = Binaries::find(major, lab.dir()).unwrap();
         binaries.initdb(&data).unwrap();
         postgres::append(&data, "pg_hba.conf", "host all all 10.77.0.0/16 scram-sha-256").unwrap();
-        let server = Self { lab: lab.clone(), place, postgres: None, mapping: Some(mapping) };
+        let parts = parts::map(lab, &place, further, true);
+        parts::furnish(lab, &place, &binaries, further);
+        let server = Self { lab: lab.clone(), place, postgres: None, parts, mapping: Some(mapping) };
         server.start(&binaries)
     }
 
     /// On a clone of a snapshot, as it is: PostgreSQL recovers from it as from a crash.
-    pub fn on_clone(lab: &Lab, major: u32, image: &str) -> Self {
-        Self::again(lab, major, image, Place::next(lab))
+    pub fn on_clone(lab: &Lab, major: u32, image: &str, parts: &[Part]) -> Self {
+        Self::again(lab, major, image, Place::next(lab), parts)
     }
 
-    /// On an image that has a database, under a name and port that are given.
-    pub fn again(lab: &Lab, major: u32, image: &str, place: Place) -> Self {
+    /// On images that have a database, under a name and port that are given.
+    pub fn again(lab: &Lab, major: u32, image: &str, place: Place, further: &[Part]) -> Self {
         let mapping = Mapping::open(lab, name_of(image), &place.name, false).unwrap();
         // It names a process that still runs on this machine: the server that was backed up. PostgreSQL does not sync
         // it, so it need not be there.
         files::remove_file(&mapping.path().join("data/postmaster.pid")).unwrap();
-        let server = Self { lab: lab.clone(), place, postgres: None, mapping: Some(mapping) };
+        let parts = parts::map(lab, &place, further, false);
+        parts::link(lab, &place, further);
+        let server = Self { lab: lab.clone(), place, postgres: None, parts, mapping: Some(mapping) };
         server.start(&Binaries::find(major, lab.dir()).unwrap())
     }
 
@@ -419,7 +444,9 @@ impl Server {
         );
         postgres::append(&data, "postgresql.conf", &ours).unwrap();
         // initdb was told not to sync, and a checkpoint syncs only what the server itself wrote.
-        self.mapping().sync().unwrap();
+        for mapping in self.parts.iter().chain(&self.mapping) {
+            mapping.sync().unwrap();
+        }
     }
 
     fn launch(&mut self, binaries: &Binaries) {
@@ -468,6 +495,7 @@ impl Server {
     /// Ends it with a fast shutdown, and unmaps its volume.
     fn stop(&mut self) {
         self.end();
+        self.parts.clear();
         self.mapping = None;
     }
 
@@ -495,6 +523,8 @@ pub struct Database<'a> {
     pub name: String,
     /// The image as POOL/NAME.
     pub image: String,
+    /// Its further volumes.
+    pub parts: Vec<Part>,
     /// The server that a kubelet would run.
     pub server: Server,
 }
@@ -546,22 +576,37 @@ impl Database<'_> {
     }
 }
 
-/// A clone of a snapshot with a PostgreSQL on it; removed when dropped.
+/// Clones of a backup's snapshots with a PostgreSQL on them; removed when dropped.
 pub struct Restored {
     lab: Lab,
-    image: String,
+    images: Vec<String>,
     server: Option<Server>,
 }
 
 impl Restored {
     /// `snapshot` is POOL/IMAGE@NAME.
     pub fn start(lab: &Lab, major: u32, snapshot: &str) -> Self {
+        Self::start_parts(lab, major, snapshot, &[])
+    }
+
+    /// Of a database on several volumes; the image of each part is POOL/IMAGE@NAME, too.
+    pub fn start_parts(lab: &Lab, major: u32, snapshot: &str, parts: &[Part]) -> Self {
+        let mut clone = Self { lab: lab.clone(), images: Vec::new(), server: None };
+        let image = clone.make(snapshot);
+        let parts: Vec<Part> = parts
+            .iter()
+            .map(|part| Part { volume: part.volume.clone(), image: clone.make(&part.image) })
+            .collect();
+        clone.server = Some(Server::on_clone(lab, major, &image, &parts));
+        clone
+    }
+
+    fn make(&mut self, snapshot: &str) -> String {
         let number = PORT.fetch_add(1, Ordering::Relaxed);
         let image = format!("{POOL}/clone-{}-{number}", std::process::id());
-        lab.rbd(&["clone", "--rbd-default-clone-format", "2", snapshot, &image]).unwrap();
-        let mut clone = Self { lab: lab.clone(), image, server: None };
-        clone.server = Some(Server::on_clone(lab, major, &clone.image));
-        clone
+        self.lab.rbd(&["clone", "--rbd-default-clone-format", "2", snapshot, &image]).unwrap();
+        self.images.push(image.clone());
+        image
     }
 }
 
@@ -576,11 +621,12 @@ impl std::ops::Deref for Restored {
 impl Drop for Restored {
     fn drop(&mut self) {
         self.server = None;
-        // The watcher of a client that ended by itself is gone at once.
-        let removed =
-            wait_slowly(START_LIMIT, || self.lab.rbd(&["rm", "--no-progress", &self.image]).is_ok());
-        if !removed {
-            eprintln!("remove {}: it stays in use", self.image);
+        for image in &self.images {
+            // The watcher of a client that ended by itself is gone at once.
+            let removed = wait_slowly(START_LIMIT, || self.lab.rbd(&["rm", "--no-progress", image]).is_ok());
+            if !removed {
+                eprintln!("remove {image}: it stays in use");
+            }
         }
     }
 }

@@ -10,7 +10,7 @@ use howdah_core::restore::{Method, Phase, RestoreStatus};
 use howdah_core::{backup, names};
 use serde_json::{Value, json};
 
-use super::{Database, Place, RESTORE_LIMIT, START_LIMIT, Server, Stage, name_of};
+use super::{Database, Part, Place, RESTORE_LIMIT, START_LIMIT, Server, Stage, name_of};
 use crate::ceph::POOL;
 use crate::netns::BRIDGE_ADDRESS;
 use crate::postgres::{DEBIAN_MAJOR, PASSWORD};
@@ -33,6 +33,8 @@ pub struct Node<'a> {
     pub name: String,
     /// The image as POOL/NAME.
     pub image: String,
+    /// Its further volumes.
+    pub parts: Vec<Part>,
     place: Place,
     /// The server, and the uid of the pod it runs for.
     running: Mutex<Option<(String, Server)>>,
@@ -42,18 +44,19 @@ pub struct Node<'a> {
 impl<'a> Node<'a> {
     /// Takes over a database that runs.
     pub fn of(database: Database<'a>) -> Self {
-        let Database { stage, name, image, server } = database;
+        let Database { stage, name, image, parts, server } = database;
         let place = server.place().clone();
         let uid = stage.pod_uid(&format!("{name}-0")).unwrap();
         let running = Mutex::new(Some((uid, server)));
-        Self { stage, name, image, place, running, ends: AtomicBool::new(false) }
+        Self { stage, name, image, parts, place, running, ends: AtomicBool::new(false) }
     }
 
     /// Of a StatefulSet at zero, whose image has no database yet.
     pub fn empty(stage: &'a Stage, name: &str, place: Place) -> Self {
         let claim = Claim::bound(&stage.lab, stage.namespace.name(), &format!("data-{name}-0")).unwrap();
         let (image, running) = (claim.image().unwrap(), Mutex::new(None));
-        Self { stage, name: name.to_owned(), image, place, running, ends: AtomicBool::new(false) }
+        let (name, parts) = (name.to_owned(), Vec::new());
+        Self { stage, name, image, parts, place, running, ends: AtomicBool::new(false) }
     }
 
     /// Runs `work` beside the stand-in.
@@ -85,7 +88,8 @@ impl<'a> Node<'a> {
             *running = None;
         }
         let (None, Some(uid)) = (&*running, wanted) else { return };
-        let server = Server::again(&self.stage.lab, DEBIAN_MAJOR, &self.image, self.place.clone());
+        let server =
+            Server::again(&self.stage.lab, DEBIAN_MAJOR, &self.image, self.place.clone(), &self.parts);
         *running = Some((uid, server));
         self.stage.show_ready(&self.name);
     }

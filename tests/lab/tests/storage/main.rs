@@ -18,4 +18,5 @@ mod prune;
 mod restore;
 mod scheduler;
 mod server;
+mod several;
 mod versions;
