@@ -71,8 +71,8 @@ async fn order(client: Client, arguments: RestoreArgs) -> anyhow::Result<String>
 fn manifests(namespace: &str, copy: into::Copy, spec: PostgresRestoreSpec) -> anyhow::Result<String> {
     let record = PostgresRestore { status: None, ..record(namespace, spec, "restore") };
     let record = serde_json::to_value(record).context("write the PostgresRestore")?;
-    let documents =
-        [copy.set, copy.claim, record].iter().map(serde_yaml_ng::to_string).collect::<Result<Vec<_>, _>>();
+    let all = std::iter::once(copy.set).chain(copy.claims).chain([record]);
+    let documents = all.map(|object| serde_yaml_ng::to_string(&object)).collect::<Result<Vec<_>, _>>();
     Ok(documents.context("write what would be created as YAML")?.join("---\n"))
 }
 

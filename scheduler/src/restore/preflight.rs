@@ -1,23 +1,24 @@
-//! The preflight of a restore: from the StatefulSet to its image, and from the wish to the snapshot or safety copy that
-//! is to take its place. Only reads.
+//! The preflight of a restore: from the StatefulSet to its images, and from the wish to the snapshot or safety copy that
+//! is to take the place of each. Only reads.
 
 use howdah_adapters::ceph::{Ceph, ImageInfo};
 use howdah_adapters::kubernetes::{call, find};
 use howdah_adapters::records::{PostgresBackup, PostgresRestore};
+use howdah_core::annotations::Consistency;
 use howdah_core::backup::{ImageRecord, Phase as BackupPhase, Problem, SnapshotRecord};
 use howdah_core::restore::{
-    CHAIN_MAX, Candidate, Facts, Goal, JournalRecord, Method, Newcomer, Phase, RestoreStatus, Source,
+    CHAIN_MAX, Candidate, Facts, Goal, JournalRecord, Method, Newcomer, Phase, RestoredPart, Source,
     VolumeRecord, choose, fits,
 };
 use howdah_core::volume::RbdVolume;
 use howdah_core::{lineage, names, preflight};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 use kube::api::ListParams;
 use kube::{Api, ResourceExt as _};
 
-use super::{Restore, known, permanent, transient};
+use super::{Restore, known, permanent, pieces, transient};
 use crate::effects::of_ceph;
 use crate::effects::preflight::{
     claim_of_template, database_container, first_ordinal, host_ips, ip_of, of_kubernetes, of_resolve, places,
@@ -27,29 +28,72 @@ use crate::effects::preflight::{
 /// What a pod gets where its template says nothing.
 const DEFAULT_GRACE_S: i64 = 30;
 
-/// What takes the place, and how.
-struct Chosen {
-    source: Source,
+/// What is meant by the goal, as it is recorded.
+struct Wanted {
+    of: Of,
+    /// The backup, or the restore that is undone.
+    name: String,
+    taken_at: Option<Timestamp>,
+    consistency: Option<Consistency>,
     method: Method,
-    incoming: Option<ImageRecord>,
     /// What `spec.replicas` is to be in the end, if not what it was.
     replicas_after: Option<i32>,
+    /// One for each image; that with the data directory is the first.
+    kept: Vec<Kept>,
 }
 
-/// What gets the data.
-struct InPlace<'a> {
+/// Whose data it is.
+enum Of {
+    /// A backup of the database itself.
+    Own,
+    /// A backup of another database.
+    Another,
+    /// What a restore kept, until this instant at least.
+    Undone(Option<Timestamp>),
+}
+
+/// What one image is to get.
+struct Kept {
+    /// The name of the pod's volume; `None` for the one with the data directory.
+    volume: Option<String>,
+    /// The image it lies in.
+    image: ImageRecord,
+    /// The snapshot; `None` where the whole image is wanted.
+    snapshot: Option<SnapshotRecord>,
+    /// What the restore that is undone left in place.
+    left: Option<ImageRecord>,
+}
+
+/// A volume that gets data.
+struct InPlace {
+    claim: String,
+    volume: String,
+    journal: Option<JournalRecord>,
+    image: ImageRecord,
+    info: ImageInfo,
+}
+
+/// The StatefulSet that gets the data.
+#[derive(Clone, Copy)]
+struct Target<'a> {
     name: &'a str,
     replicas: i32,
-    claim: &'a str,
-    image: &'a ImageRecord,
-    info: &'a ImageInfo,
+    pod: Option<&'a Pod>,
+}
+
+impl Wanted {
+    fn noun(&self) -> String {
+        match self.of {
+            Of::Own | Of::Another => format!("the backup {}", self.name),
+            Of::Undone(_) => format!("the restore {}", self.name),
+        }
+    }
 }
 
 impl Restore<'_> {
     /// Finds out whether, what and how can be restored now.
     pub(super) async fn preflight(&mut self) -> Result<Facts, Problem> {
         self.ceph = None;
-        let namespace = self.namespace();
         let database = self.database().await?;
         let name = database.name_any();
         self.gate_fits(&database)?;
@@ -67,41 +111,44 @@ impl Restore<'_> {
         let template = spec.template.spec.as_ref().ok_or_else(|| strange("the template has no pod spec"))?;
         let claim_name = |volume: &str| claim_of_template(&database, template, volume);
         let (container, mounts) = database_container(template, &claim_name)?;
-        let claim = preflight::one_claim(&mounts, &places(container, None))?;
-        let volume = self.cx.kubernetes.rbd_volume(&namespace, &claim).await;
-        let volume = volume.map_err(|error| of_resolve(&error))?;
-        preflight::volume_fit(&volume, false)?;
+        let of_data = preflight::one_claim(&mounts, &places(container, None))?;
 
+        let wanted = self.wanted(&name, &backups).await?;
         let ceph = self.ceph().await?;
-        let info = ceph.info(&volume.image_spec()).await.map_err(of_ceph)?;
-        let image = ImageRecord {
-            pool: volume.pool.clone(),
-            rados_namespace: volume.rados_namespace.clone(),
-            name: volume.image.clone(),
-            id: info.id.clone(),
-        };
-        let pod = self.only_the_pod_writes(&ceph, &database, &image).await?;
-        let journal = journal_of(&ceph, &volume).await?;
-        let in_place = InPlace { name: &name, replicas, claim: &claim, image: &image, info: &info };
-        let chosen = match self.order.goal.clone() {
-            Goal::Undo(restore) => self.safety_copy(&ceph, &restore, &image).await?,
-            goal if self.record.spec.into.is_some() => {
-                self.backup_of_another(&ceph, &goal, &backups, &in_place, pod.as_ref()).await?
-            }
-            goal => self.backup(&ceph, &goal, &backups, &image).await?,
-        };
+        let pod = self.pod(&database).await?;
+        let mut in_place = Vec::new();
+        for kept in &wanted.kept {
+            let claim = match &kept.volume {
+                None => of_data.clone(),
+                Some(volume) => claim_of_part(&database, template, container, &wanted.noun(), volume)?,
+            };
+            let found = self.in_place(&ceph, claim).await?;
+            only_the_pod_writes(&ceph, &pod_name(&database), pod.as_ref(), &found.image).await?;
+            in_place.push(found);
+        }
+        all_differ(&in_place)?;
+
+        let target = Target { name: &name, replicas, pod: pod.as_ref() };
+        let mut parts = Vec::new();
+        for (kept, in_place) in wanted.kept.iter().zip(in_place) {
+            let source = self.source_of(&ceph, &wanted, kept, &in_place, target).await?;
+            // What a swap set aside takes its place again as it is.
+            let incoming = (kept.left.is_some() && wanted.method == Method::Swap).then(|| source.clone());
+            let InPlace { claim, volume, journal, image, info } = in_place;
+            parts.push(RestoredPart {
+                name: kept.volume.clone().unwrap_or_default(),
+                volume: VolumeRecord { claim, volume, journal },
+                image,
+                size: info.size,
+                source_image: source,
+                source_snapshot: kept.snapshot.clone(),
+                incoming,
+                safety_image: None,
+                safety_snapshot: None,
+            });
+        }
         let grace = template.termination_grace_period_seconds.unwrap_or(DEFAULT_GRACE_S);
-        Ok(Facts {
-            source: chosen.source,
-            method: chosen.method,
-            volume: VolumeRecord { claim, volume: volume.volume, journal },
-            image,
-            size: info.size,
-            replicas,
-            replicas_after: chosen.replicas_after,
-            grace: SignedDuration::from_secs(grace),
-            incoming: chosen.incoming,
-        })
+        facts_of(wanted, parts, replicas, SignedDuration::from_secs(grace))
     }
 
     /// The StatefulSet as it is now, if it is the one that is meant and howdah protects it.
@@ -152,119 +199,75 @@ impl Restore<'_> {
         Ok(list.map_err(|error| of_kubernetes(&error))?.items)
     }
 
-    /// The pod, if there is one and the image is open on its node alone; without one it must be open on none.
-    async fn only_the_pod_writes(
-        &self,
-        ceph: &Ceph,
-        database: &StatefulSet,
-        image: &ImageRecord,
-    ) -> Result<Option<Pod>, Problem> {
+    /// The pod of the database, if there is one.
+    async fn pod(&self, database: &StatefulSet) -> Result<Option<Pod>, Problem> {
         let (namespace, name) = (self.namespace(), pod_name(database));
         let pods = Api::<Pod>::namespaced(self.cx.kubernetes.client().clone(), &namespace);
         let pod = find(format!("get the pod {namespace}/{name}"), &pods, &name).await;
-        let pod = pod.map_err(|error| of_kubernetes(&error))?;
-        let watchers = ceph.watchers(&image.spec()).await.map_err(of_ceph)?;
-        let addresses: Vec<String> = watchers.iter().map(|watcher| ip_of(&watcher.address)).collect();
-        match &pod {
-            Some(pod) => preflight::watchers_fit(&name, &host_ips(pod), &addresses)?,
-            // A lock that is left matters where the image is written to; that is judged with the proofs.
-            None => preflight::at_rest(&image.spec(), &addresses, &[])?,
-        }
-        Ok(pod)
+        pod.map_err(|error| of_kubernetes(&error))
     }
 
-    /// The backup that is meant, if it lies in this image or in one that it took the place of.
-    async fn backup(
-        &self,
-        ceph: &Ceph,
-        goal: &Goal,
-        backups: &[PostgresBackup],
-        image: &ImageRecord,
-    ) -> Result<Chosen, Problem> {
-        let chosen = self.choose(goal, backups)?;
-        let (name, recorded) = (&chosen.name, known(&chosen.image, "image")?);
-        let source = if recorded.id == image.id {
-            image.clone()
-        } else {
-            let metadata = ceph.metadata(&image.spec()).await.map_err(of_ceph)?;
-            if !lineage::ids(&metadata).contains(&recorded.id) || recorded.pool != image.pool {
-                return Err(permanent(
-                    format!(
-                        "the backup {name} is of another volume: it lies in the image with the id {}, and the claim's \
-                         image {} has the id {}",
-                        recorded.id, image.name, image.id
-                    ),
-                    "choose a backup that was taken since the volume was made",
-                ));
-            }
-            image_of(ceph, name, recorded).await?
+    /// The volume and the image behind a claim.
+    async fn in_place(&self, ceph: &Ceph, claim: String) -> Result<InPlace, Problem> {
+        let volume = self.cx.kubernetes.rbd_volume(&self.namespace(), &claim).await;
+        let volume = volume.map_err(|error| of_resolve(&error))?;
+        preflight::volume_fit(&volume, false)?;
+        let info = ceph.info(&volume.image_spec()).await.map_err(of_ceph)?;
+        let journal = journal_of(ceph, &volume).await?;
+        let image = ImageRecord {
+            pool: volume.pool,
+            rados_namespace: volume.rados_namespace,
+            name: volume.image,
+            id: info.id.clone(),
         };
-        let snapshot = snapshot_of(ceph, &chosen, &source).await?;
-        match self.order.method {
-            Method::Swap => can_be_cloned(ceph, &source).await?,
-            Method::Rollback if source.id != image.id => {
-                return Err(permanent(
-                    format!("the backup {name} lies in an image that an earlier restore set aside"),
-                    "an image is rolled back to its own snapshots only: use the method swap",
-                ));
-            }
-            Method::Rollback => {}
-        }
-        let source = source_of(chosen, source, snapshot);
-        Ok(Chosen { source, method: self.order.method, incoming: None, replicas_after: None })
+        Ok(InPlace { claim, volume: volume.volume, journal, image, info })
     }
 
-    /// The backup of another database that is meant, if what gets it never ran.
-    async fn backup_of_another(
-        &self,
-        ceph: &Ceph,
-        goal: &Goal,
-        backups: &[PostgresBackup],
-        in_place: &InPlace<'_>,
-        pod: Option<&Pod>,
-    ) -> Result<Chosen, Problem> {
-        let InPlace { name, replicas, claim, image, info } = *in_place;
-        let of = &self.record.spec.stateful_set;
-        if of == name {
+    /// The backup or the restore that is meant; whether it fits what is in place is judged for each image
+    /// ([`Restore::source_of`]).
+    async fn wanted(&self, target: &str, backups: &[PostgresBackup]) -> Result<Wanted, Problem> {
+        if let Goal::Undo(restore) = &self.order.goal {
+            return self.undone(restore).await;
+        }
+        let beside = self.record.spec.into.is_some();
+        if beside && self.record.spec.stateful_set == target {
             return Err(permanent(
-                format!("spec.into names {name}, as spec.statefulSet does"),
+                format!("spec.into names {target}, as spec.statefulSet does"),
                 "name another StatefulSet; to restore in place, leave into out",
             ));
         }
-        if self.order.method != Method::Swap {
+        if beside && self.order.method != Method::Swap {
             return Err(permanent(
                 "spec.method is rollback, and spec.into names another StatefulSet",
                 "use the method swap: the image of the other one has no snapshot to be rolled back to",
             ));
         }
-        let chosen = self.choose(goal, backups)?;
-        let source = image_of(ceph, &chosen.name, known(&chosen.image, "image")?).await?;
-        let snapshot = snapshot_of(ceph, &chosen, &source).await?;
-        can_be_cloned(ceph, &source).await?;
-        let pod = pod.map(Pod::name_any);
-        let newcomer = Newcomer {
+        let Candidate { name, taken_at, consistency, image, snapshot, parts, .. } = self.choose(backups)?;
+        let data = Kept { volume: None, image: known(&image, "image")?.clone(), snapshot, left: None };
+        let parts = parts.into_iter().map(|part| Kept {
+            volume: Some(part.volume),
+            image: part.image,
+            snapshot: part.snapshot,
+            left: None,
+        });
+        Ok(Wanted {
+            of: if beside { Of::Another } else { Of::Own },
             name,
-            replicas,
-            pod: pod.as_deref(),
-            claim,
-            image,
-            size: info.size,
-            used: ceph.used_bytes(&image.spec()).await.map_err(of_ceph)?,
-            snapshots: ceph.snapshots(&image.spec()).await.map_err(of_ceph)?.len(),
-            is_clone: info.parent.is_some(),
-        };
-        fits(&newcomer, &chosen.name, &source, snapshot.size)?;
-        let source = source_of(chosen, source, snapshot);
-        Ok(Chosen { source, method: Method::Swap, incoming: None, replicas_after: Some(1) })
+            taken_at,
+            consistency,
+            method: self.order.method,
+            replicas_after: beside.then_some(1),
+            kept: std::iter::once(data).chain(parts).collect(),
+        })
     }
 
-    fn choose(&self, goal: &Goal, backups: &[PostgresBackup]) -> Result<Candidate, Problem> {
+    fn choose(&self, backups: &[PostgresBackup]) -> Result<Candidate, Problem> {
         let candidates: Vec<Candidate> = backups.iter().map(PostgresBackup::candidate).collect();
-        choose(goal, &self.record.spec.stateful_set, &candidates, Timestamp::now()).cloned()
+        choose(&self.order.goal, &self.record.spec.stateful_set, &candidates, Timestamp::now()).cloned()
     }
 
-    /// What the restore that is to be undone kept, if that still fits what is in place.
-    async fn safety_copy(&self, ceph: &Ceph, name: &str, image: &ImageRecord) -> Result<Chosen, Problem> {
+    /// What the restore that is to be undone kept.
+    async fn undone(&self, name: &str) -> Result<Wanted, Problem> {
         let attempt = format!("get the restore {}/{name}", self.namespace());
         let found = find(attempt, &self.records(), name).await.map_err(|error| of_kubernetes(&error))?;
         let undone: PostgresRestore =
@@ -287,61 +290,244 @@ impl Restore<'_> {
             ));
         }
         let method = status.method.unwrap_or_default();
-        let before = known(&status.image, "image")?;
-        let in_place = match method {
-            Method::Swap => known(&status.incoming, "new image")?,
-            Method::Rollback => before,
-        };
-        if in_place.id != image.id {
-            return Err(permanent(
-                format!(
-                    "since the restore {name} another image took the place: it left the id {}, and now it is {}",
-                    in_place.id, image.id
-                ),
-                "undo the later restore first (kubectl get pgr)",
-            ));
+        let mut kept = Vec::new();
+        for piece in pieces(&status)? {
+            let (snapshot, left) = match method {
+                Method::Swap => (None, *known(&piece.incoming, "new image")?),
+                Method::Rollback => (Some(*known(&piece.safety_snapshot, "safety snapshot")?), piece.image),
+            };
+            kept.push(Kept {
+                volume: piece.name.map(str::to_owned),
+                image: piece.image.clone(),
+                snapshot: snapshot.cloned(),
+                left: Some(left.clone()),
+            });
         }
-        let taken_at = status.started_at;
-        // A copy goes back to where it never ran; a database in place stays as it is, up or down.
-        let replicas_after = status.replicas.filter(|_| beside);
-        let source = |image: ImageRecord, snapshot| Source {
+        Ok(Wanted {
+            of: Of::Undone(status.safety_until),
             name: name.to_owned(),
-            taken_at,
+            taken_at: status.started_at,
             consistency: None,
-            image,
-            snapshot,
-        };
-        match method {
-            Method::Swap => {
-                let found =
-                    ceph.image_by_id(before).await.map_err(|error| safety_gone(error, name, &status))?;
-                let kept = ImageRecord { name: found.name, ..before.clone() };
-                let source = source(kept.clone(), None);
-                Ok(Chosen { source, method, incoming: Some(kept), replicas_after })
-            }
-            Method::Rollback => {
-                let snapshot = known(&status.safety_snapshot, "safety snapshot")?;
-                let snapshots = ceph.snapshots(&image.spec()).await.map_err(of_ceph)?;
-                if !snapshots.iter().any(|found| found.by_user && found.id == snapshot.id) {
-                    return Err(gone(name, &status));
-                }
-                let source = source(image.clone(), Some(snapshot.clone()));
-                Ok(Chosen { source, method, incoming: None, replicas_after })
-            }
+            method,
+            // A copy goes back to where it never ran; a database in place stays as it is, up or down.
+            replicas_after: status.replicas.filter(|_| beside),
+            kept,
+        })
+    }
+
+    /// The image that `kept` lies in, by the name it has now, if it may take the place of the one in place.
+    async fn source_of(
+        &self,
+        ceph: &Ceph,
+        wanted: &Wanted,
+        kept: &Kept,
+        in_place: &InPlace,
+        target: Target<'_>,
+    ) -> Result<ImageRecord, Problem> {
+        match wanted.of {
+            Of::Own => own_backup(ceph, wanted, kept, in_place).await,
+            Of::Another => backup_of_another(ceph, wanted, kept, in_place, target).await,
+            Of::Undone(until) => safety_copy(ceph, wanted, kept, in_place, until).await,
         }
     }
 }
 
-fn safety_gone(error: howdah_adapters::ceph::CephError, name: &str, status: &RestoreStatus) -> Problem {
-    if error.is_not_found() { gone(name, status) } else { of_ceph(error) }
+/// What the preflight answers; the first of `parts` is the image with the data directory.
+fn facts_of(
+    wanted: Wanted,
+    parts: Vec<RestoredPart>,
+    replicas: i32,
+    grace: SignedDuration,
+) -> Result<Facts, Problem> {
+    let Wanted { name, taken_at, consistency, method, replicas_after, .. } = wanted;
+    let mut parts = parts.into_iter();
+    let data = parts.next().ok_or_else(|| permanent("the backup names no image", "report this as a bug"))?;
+    let (image, snapshot) = (data.source_image, data.source_snapshot);
+    Ok(Facts {
+        source: Source { name, taken_at, consistency, image, snapshot },
+        method,
+        volume: data.volume,
+        image: data.image,
+        size: data.size,
+        replicas,
+        replicas_after,
+        grace,
+        incoming: data.incoming,
+        parts: parts.collect(),
+    })
 }
 
-fn gone(name: &str, status: &RestoreStatus) -> Problem {
-    let until = status.safety_until.map_or(String::new(), |until| format!(" (it was kept until {until})"));
-    permanent(
-        format!("the safety copy of the restore {name} is gone{until}"),
-        "restore a backup instead; an image may still be in the trash (rbd trash ls)",
-    )
+/// The claim of a further volume. It is found by the name that the pod had for it, which tells one tablespace from another.
+fn claim_of_part(
+    database: &StatefulSet,
+    template: &PodSpec,
+    container: &Container,
+    noun: &str,
+    volume: &str,
+) -> Result<String, Problem> {
+    let mounted = container.volume_mounts.iter().flatten().any(|mount| mount.name == volume);
+    let claim = claim_of_template(database, template, volume).filter(|_| mounted);
+    claim.ok_or_else(|| {
+        let (set, container) = (database.name_any(), &container.name);
+        permanent(
+            format!(
+                "{noun} holds the volume {volume}, and the container {container} of the StatefulSet {set} mounts no claim \
+                 of that name"
+            ),
+            "mount it as it was, or restore into a StatefulSet that has it",
+        )
+    })
+}
+
+/// Each volume must have an image of its own: what is restored to one would overwrite another.
+fn all_differ(volumes: &[InPlace]) -> Result<(), Problem> {
+    for (at, volume) in volumes.iter().enumerate() {
+        let before = volumes.iter().take(at).find(|before| before.image == volume.image);
+        if let Some(before) = before {
+            return Err(permanent(
+                format!(
+                    "the claims {} and {} lie in the same image {}",
+                    before.claim,
+                    volume.claim,
+                    volume.image.spec()
+                ),
+                "give each volume of the pod a claim of its own, as when the backup was taken",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Whether the image is open on the pod's node alone; without a pod it must be open on none.
+async fn only_the_pod_writes(
+    ceph: &Ceph,
+    name: &str,
+    pod: Option<&Pod>,
+    image: &ImageRecord,
+) -> Result<(), Problem> {
+    let spec = image.spec();
+    let watchers = ceph.watchers(&spec).await.map_err(of_ceph)?;
+    let addresses: Vec<String> = watchers.iter().map(|watcher| ip_of(&watcher.address)).collect();
+    match pod {
+        Some(pod) => preflight::watchers_fit(name, &host_ips(pod), &addresses)
+            .map_err(|problem| Problem { reason: format!("{} ({spec})", problem.reason), ..problem }),
+        // A lock that is left matters where the image is written to; that is judged with the proofs.
+        None => preflight::at_rest(&spec, &addresses, &[]),
+    }
+}
+
+/// The image of a backup of the database itself, if it is the one in place or one that this took the place of.
+async fn own_backup(
+    ceph: &Ceph,
+    wanted: &Wanted,
+    kept: &Kept,
+    in_place: &InPlace,
+) -> Result<ImageRecord, Problem> {
+    let (name, recorded) = (&wanted.name, &kept.image);
+    let InPlace { claim, image, .. } = in_place;
+    let source = if recorded.id == image.id {
+        image.clone()
+    } else {
+        let metadata = ceph.metadata(&image.spec()).await.map_err(of_ceph)?;
+        if !lineage::ids(&metadata).contains(&recorded.id) || recorded.pool != image.pool {
+            return Err(permanent(
+                format!(
+                    "the backup {name} is of another volume: it lies in the image with the id {}, and the image {} of the \
+                     claim {claim} has the id {}",
+                    recorded.id, image.name, image.id
+                ),
+                "choose a backup that was taken since the volume was made",
+            ));
+        }
+        image_of(ceph, name, recorded).await?
+    };
+    is_there(ceph, name, known(&kept.snapshot, "snapshot")?, &source).await?;
+    match wanted.method {
+        Method::Swap => can_be_cloned(ceph, &source).await?,
+        Method::Rollback if source.id != image.id => {
+            return Err(permanent(
+                format!(
+                    "the backup {name} lies in an image that an earlier restore set aside: {}, while the claim {claim} is {}",
+                    source.spec(),
+                    image.spec()
+                ),
+                "an image is rolled back to its own snapshots only: use the method swap",
+            ));
+        }
+        Method::Rollback => {}
+    }
+    Ok(source)
+}
+
+/// The image of a backup of another database, if what gets the data never ran.
+async fn backup_of_another(
+    ceph: &Ceph,
+    wanted: &Wanted,
+    kept: &Kept,
+    in_place: &InPlace,
+    target: Target<'_>,
+) -> Result<ImageRecord, Problem> {
+    let InPlace { claim, image, info, .. } = in_place;
+    let source = image_of(ceph, &wanted.name, &kept.image).await?;
+    let snapshot = known(&kept.snapshot, "snapshot")?;
+    is_there(ceph, &wanted.name, snapshot, &source).await?;
+    can_be_cloned(ceph, &source).await?;
+    let pod = target.pod.map(Pod::name_any);
+    let newcomer = Newcomer {
+        name: target.name,
+        replicas: target.replicas,
+        pod: pod.as_deref(),
+        claim,
+        image,
+        size: info.size,
+        used: ceph.used_bytes(&image.spec()).await.map_err(of_ceph)?,
+        snapshots: ceph.snapshots(&image.spec()).await.map_err(of_ceph)?.len(),
+        is_clone: info.parent.is_some(),
+    };
+    fits(&newcomer, &wanted.name, &source, snapshot.size)?;
+    Ok(source)
+}
+
+/// The safety copy of a restore, if it is there and what that restore left is still in place.
+async fn safety_copy(
+    ceph: &Ceph,
+    wanted: &Wanted,
+    kept: &Kept,
+    in_place: &InPlace,
+    until: Option<Timestamp>,
+) -> Result<ImageRecord, Problem> {
+    let name = &wanted.name;
+    let InPlace { claim, image, .. } = in_place;
+    let left = known(&kept.left, "new image")?;
+    if left.id != image.id {
+        return Err(permanent(
+            format!(
+                "since the restore {name} another image took the place: it left the id {} for the claim {claim}, and now \
+                 it is {}",
+                left.id, image.id
+            ),
+            "undo the later restore first (kubectl get pgr)",
+        ));
+    }
+    let gone = |what: &str| {
+        let until = until.map_or(String::new(), |until| format!(" (it was kept until {until})"));
+        permanent(
+            format!("the safety copy of the restore {name} is gone{until}: {what}"),
+            "restore a backup instead; an image may still be in the trash (rbd trash ls)",
+        )
+    };
+    let Some(snapshot) = &kept.snapshot else {
+        let found = ceph.image_by_id(&kept.image).await.map_err(|error| match error.is_not_found() {
+            true => gone(&format!("no image has the id {}", kept.image.id)),
+            false => of_ceph(error),
+        })?;
+        return Ok(ImageRecord { name: found.name, ..kept.image.clone() });
+    };
+    let snapshots = ceph.snapshots(&image.spec()).await.map_err(of_ceph)?;
+    if !snapshots.iter().any(|found| found.by_user && found.id == snapshot.id) {
+        return Err(gone(&format!("there is no {}@{}", image.spec(), snapshot.name)));
+    }
+    Ok(image.clone())
 }
 
 /// A backup that has begun is waited for: it may have the database in backup mode.
@@ -371,28 +557,23 @@ async fn image_of(ceph: &Ceph, backup: &str, recorded: &ImageRecord) -> Result<I
     Ok(ImageRecord { name: found.name, ..recorded.clone() })
 }
 
-/// The snapshot of a backup, if it is there.
-async fn snapshot_of(
+/// Whether the snapshot of a backup is there.
+async fn is_there(
     ceph: &Ceph,
-    backup: &Candidate,
+    backup: &str,
+    snapshot: &SnapshotRecord,
     image: &ImageRecord,
-) -> Result<SnapshotRecord, Problem> {
-    let snapshot = known(&backup.snapshot, "snapshot")?;
+) -> Result<(), Problem> {
     let snapshots = ceph.snapshots(&image.spec()).await.map_err(of_ceph)?;
     let there =
         snapshots.iter().any(|found| found.by_user && found.id == snapshot.id && found.name == snapshot.name);
     if there {
-        return Ok(snapshot.clone());
+        return Ok(());
     }
     Err(permanent(
-        format!("the snapshot {}@{} of the backup {} is gone", image.spec(), snapshot.name, backup.name),
+        format!("the snapshot {}@{} of the backup {backup} is gone", image.spec(), snapshot.name),
         "choose another backup",
     ))
-}
-
-fn source_of(backup: Candidate, image: ImageRecord, snapshot: SnapshotRecord) -> Source {
-    let Candidate { name, taken_at, consistency, .. } = backup;
-    Source { name, taken_at, consistency, image, snapshot: Some(snapshot) }
 }
 
 pub(super) fn pod_name(database: &StatefulSet) -> String {
