@@ -283,6 +283,22 @@ mod tests {
     }
 
     #[test]
+    fn a_dry_run_prints_every_claim_before_the_record() {
+        let claim = |name: &str| json!({"kind": "PersistentVolumeClaim", "metadata": {"name": name}});
+        let set = json!({"kind": "StatefulSet", "metadata": {"name": "db-copy"}});
+        let copy = into::Copy { set, claims: vec![claim("data-db-copy-0"), claim("wal-db-copy-0")] };
+        let text = manifests("shop", copy, PostgresRestoreSpec::default()).unwrap();
+        let read = |document: &str| serde_yaml_ng::from_str::<Value>(document).unwrap();
+        let documents: Vec<Value> = text.split("---\n").map(read).collect();
+        let kinds: Vec<&Value> = documents.iter().map(|document| &document["kind"]).collect();
+        assert_eq!(
+            kinds,
+            ["StatefulSet", "PersistentVolumeClaim", "PersistentVolumeClaim", "PostgresRestore"]
+        );
+        assert_eq!(documents[2]["metadata"]["name"], "wal-db-copy-0");
+    }
+
+    #[test]
     fn the_end_says_how_to_undo_or_what_is_wrong() {
         let good = json!({"phase": "Completed", "source": {"name": "db-1", "takenAt": "2026-11-22T03:00:02Z",
             "image": {"pool": "p", "name": "i", "id": "1"}}, "safetyUntil": "2026-11-29T03:00:00Z"});

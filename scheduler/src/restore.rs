@@ -2,6 +2,7 @@
 
 mod cluster;
 mod preflight;
+mod source;
 mod storage;
 
 use std::time::Duration;
@@ -309,6 +310,14 @@ mod tests {
         }
         assert!(is_open(&record(json!({"name": "r"}), json!({"phase": "Proving"}))));
         assert!(is_open(&record(json!({"name": "r"}), json!(null))));
+    }
+
+    #[test]
+    fn what_is_done_to_each_image_has_the_time_for_each() {
+        for effect in [Effect::Prove, Effect::Prepare, Effect::SetAside, Effect::RollBack, Effect::PutBack] {
+            assert_eq!(limit_of(&effect, 3), limit_of(&effect, 1) * 3, "{effect:?}");
+        }
+        assert_eq!(limit_of(&Effect::Stop, 3), limit_of(&Effect::Stop, 1));
     }
 
     #[test]

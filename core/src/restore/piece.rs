@@ -59,3 +59,56 @@ impl<'a> Piece<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn image(name: &str) -> Value {
+        json!({"pool": "p", "name": name, "id": format!("id-of-{name}")})
+    }
+
+    /// As a record of a database on one volume has always been.
+    fn on_one_volume() -> Value {
+        json!({
+            "phase": "Preparing", "attempt": 1, "method": "swap", "size": 4096, "image": image("csi-vol-1"),
+            "source": {"name": "db-1", "image": image("old"), "snapshot": {"name": "s", "id": 4, "size": 4096}},
+            "volume": {"claim": "data-db-0", "volume": "pvc-1"}
+        })
+    }
+
+    fn status(value: Value) -> RestoreStatus {
+        serde_json::from_value(value).unwrap()
+    }
+
+    #[test]
+    fn a_record_without_parts_is_of_one_image() {
+        let status = status(on_one_volume());
+        let pieces = status.pieces().unwrap();
+        let [piece] = &pieces[..] else { panic!("{pieces:?}") };
+        assert_eq!((piece.name, piece.image.name.as_str(), piece.size), (None, "csi-vol-1", 4096));
+        assert_eq!(piece.source_snapshot.unwrap().id, 4);
+        assert!(serde_json::to_value(&status).unwrap().get("parts").is_none());
+    }
+
+    #[test]
+    fn the_parts_follow_in_their_order() {
+        let part = |name: &str| {
+            json!({"name": name, "volume": {"claim": format!("{name}-db-0"), "volume": format!("pvc-{name}")},
+                "image": image(name), "size": 1, "sourceImage": image(&format!("old-{name}"))})
+        };
+        let mut value = on_one_volume();
+        value["parts"] = json!([part("wal"), part("fast")]);
+        let status = status(value);
+        let pieces = status.pieces().unwrap();
+        let sources: Vec<_> =
+            pieces.iter().map(|piece| (piece.name, piece.source_image.name.as_str())).collect();
+        assert_eq!(sources, [(None, "old"), (Some("wal"), "old-wal"), (Some("fast"), "old-fast")]);
+    }
+
+    #[test]
+    fn before_a_preflight_has_passed_nothing_is_restored() {
+        assert_eq!(RestoreStatus::default().pieces(), None);
+    }
+}

@@ -1,24 +1,21 @@
-//! The preflight of a restore: from the StatefulSet to its images, and from the wish to the snapshot or safety copy that
-//! is to take the place of each. Only reads.
+//! The preflight of a restore: from the StatefulSet to its images, one for each that the backup or safety copy holds
+//! ([`super::source`]). Only reads.
 
 use howdah_adapters::ceph::{Ceph, ImageInfo};
 use howdah_adapters::kubernetes::{call, find};
-use howdah_adapters::records::{PostgresBackup, PostgresRestore};
-use howdah_core::annotations::Consistency;
-use howdah_core::backup::{ImageRecord, Phase as BackupPhase, Problem, SnapshotRecord};
-use howdah_core::restore::{
-    CHAIN_MAX, Candidate, Facts, Goal, JournalRecord, Method, Newcomer, Phase, RestoredPart, Source,
-    VolumeRecord, choose, fits,
-};
+use howdah_adapters::records::PostgresBackup;
+use howdah_core::backup::{ImageRecord, Phase as BackupPhase, Problem};
+use howdah_core::restore::{Facts, JournalRecord, Method, RestoredPart, Source, VolumeRecord};
 use howdah_core::volume::RbdVolume;
-use howdah_core::{lineage, names, preflight};
-use jiff::{SignedDuration, Timestamp};
+use howdah_core::{names, preflight};
+use jiff::SignedDuration;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 use kube::api::ListParams;
 use kube::{Api, ResourceExt as _};
 
-use super::{Restore, known, permanent, pieces, transient};
+use super::source::Wanted;
+use super::{Restore, permanent, transient};
 use crate::effects::of_ceph;
 use crate::effects::preflight::{
     claim_of_template, database_container, first_ordinal, host_ips, ip_of, of_kubernetes, of_resolve, places,
@@ -28,66 +25,21 @@ use crate::effects::preflight::{
 /// What a pod gets where its template says nothing.
 const DEFAULT_GRACE_S: i64 = 30;
 
-/// What is meant by the goal, as it is recorded.
-struct Wanted {
-    of: Of,
-    /// The backup, or the restore that is undone.
-    name: String,
-    taken_at: Option<Timestamp>,
-    consistency: Option<Consistency>,
-    method: Method,
-    /// What `spec.replicas` is to be in the end, if not what it was.
-    replicas_after: Option<i32>,
-    /// One for each image; that with the data directory is the first.
-    kept: Vec<Kept>,
-}
-
-/// Whose data it is.
-enum Of {
-    /// A backup of the database itself.
-    Own,
-    /// A backup of another database.
-    Another,
-    /// What a restore kept, until this instant at least.
-    Undone(Option<Timestamp>),
-}
-
-/// What one image is to get.
-struct Kept {
-    /// The name of the pod's volume; `None` for the one with the data directory.
-    volume: Option<String>,
-    /// The image it lies in.
-    image: ImageRecord,
-    /// The snapshot; `None` where the whole image is wanted.
-    snapshot: Option<SnapshotRecord>,
-    /// What the restore that is undone left in place.
-    left: Option<ImageRecord>,
-}
-
 /// A volume that gets data.
-struct InPlace {
-    claim: String,
-    volume: String,
-    journal: Option<JournalRecord>,
-    image: ImageRecord,
-    info: ImageInfo,
+pub(super) struct InPlace {
+    pub(super) claim: String,
+    pub(super) volume: String,
+    pub(super) journal: Option<JournalRecord>,
+    pub(super) image: ImageRecord,
+    pub(super) info: ImageInfo,
 }
 
 /// The StatefulSet that gets the data.
 #[derive(Clone, Copy)]
-struct Target<'a> {
-    name: &'a str,
-    replicas: i32,
-    pod: Option<&'a Pod>,
-}
-
-impl Wanted {
-    fn noun(&self) -> String {
-        match self.of {
-            Of::Own | Of::Another => format!("the backup {}", self.name),
-            Of::Undone(_) => format!("the restore {}", self.name),
-        }
-    }
+pub(super) struct Target<'a> {
+    pub(super) name: &'a str,
+    pub(super) replicas: i32,
+    pub(super) pod: Option<&'a Pod>,
 }
 
 impl Restore<'_> {
@@ -222,114 +174,6 @@ impl Restore<'_> {
         };
         Ok(InPlace { claim, volume: volume.volume, journal, image, info })
     }
-
-    /// The backup or the restore that is meant; whether it fits what is in place is judged for each image
-    /// ([`Restore::source_of`]).
-    async fn wanted(&self, target: &str, backups: &[PostgresBackup]) -> Result<Wanted, Problem> {
-        if let Goal::Undo(restore) = &self.order.goal {
-            return self.undone(restore).await;
-        }
-        let beside = self.record.spec.into.is_some();
-        if beside && self.record.spec.stateful_set == target {
-            return Err(permanent(
-                format!("spec.into names {target}, as spec.statefulSet does"),
-                "name another StatefulSet; to restore in place, leave into out",
-            ));
-        }
-        if beside && self.order.method != Method::Swap {
-            return Err(permanent(
-                "spec.method is rollback, and spec.into names another StatefulSet",
-                "use the method swap: the image of the other one has no snapshot to be rolled back to",
-            ));
-        }
-        let Candidate { name, taken_at, consistency, image, snapshot, parts, .. } = self.choose(backups)?;
-        let data = Kept { volume: None, image: known(&image, "image")?.clone(), snapshot, left: None };
-        let parts = parts.into_iter().map(|part| Kept {
-            volume: Some(part.volume),
-            image: part.image,
-            snapshot: part.snapshot,
-            left: None,
-        });
-        Ok(Wanted {
-            of: if beside { Of::Another } else { Of::Own },
-            name,
-            taken_at,
-            consistency,
-            method: self.order.method,
-            replicas_after: beside.then_some(1),
-            kept: std::iter::once(data).chain(parts).collect(),
-        })
-    }
-
-    fn choose(&self, backups: &[PostgresBackup]) -> Result<Candidate, Problem> {
-        let candidates: Vec<Candidate> = backups.iter().map(PostgresBackup::candidate).collect();
-        choose(&self.order.goal, &self.record.spec.stateful_set, &candidates, Timestamp::now()).cloned()
-    }
-
-    /// What the restore that is to be undone kept.
-    async fn undone(&self, name: &str) -> Result<Wanted, Problem> {
-        let attempt = format!("get the restore {}/{name}", self.namespace());
-        let found = find(attempt, &self.records(), name).await.map_err(|error| of_kubernetes(&error))?;
-        let undone: PostgresRestore =
-            found.ok_or_else(|| permanent(format!("there is no restore {name}"), "see kubectl get pgr"))?;
-        if undone.spec.target() != self.record.spec.target() {
-            return Err(permanent(
-                format!("the restore {name} is of the StatefulSet {}", undone.spec.target()),
-                "undo it there",
-            ));
-        }
-        let beside = undone.spec.into.is_some();
-        let status = undone.status.unwrap_or_default();
-        if status.phase != Phase::Completed {
-            return Err(permanent(
-                format!(
-                    "the restore {name} is {}: only a completed one is undone by another",
-                    status.phase.as_str()
-                ),
-                format!("ask it to go back by itself: kubectl howdah restore undo {name}"),
-            ));
-        }
-        let method = status.method.unwrap_or_default();
-        let mut kept = Vec::new();
-        for piece in pieces(&status)? {
-            let (snapshot, left) = match method {
-                Method::Swap => (None, *known(&piece.incoming, "new image")?),
-                Method::Rollback => (Some(*known(&piece.safety_snapshot, "safety snapshot")?), piece.image),
-            };
-            kept.push(Kept {
-                volume: piece.name.map(str::to_owned),
-                image: piece.image.clone(),
-                snapshot: snapshot.cloned(),
-                left: Some(left.clone()),
-            });
-        }
-        Ok(Wanted {
-            of: Of::Undone(status.safety_until),
-            name: name.to_owned(),
-            taken_at: status.started_at,
-            consistency: None,
-            method,
-            // A copy goes back to where it never ran; a database in place stays as it is, up or down.
-            replicas_after: status.replicas.filter(|_| beside),
-            kept,
-        })
-    }
-
-    /// The image that `kept` lies in, by the name it has now, if it may take the place of the one in place.
-    async fn source_of(
-        &self,
-        ceph: &Ceph,
-        wanted: &Wanted,
-        kept: &Kept,
-        in_place: &InPlace,
-        target: Target<'_>,
-    ) -> Result<ImageRecord, Problem> {
-        match wanted.of {
-            Of::Own => own_backup(ceph, wanted, kept, in_place).await,
-            Of::Another => backup_of_another(ceph, wanted, kept, in_place, target).await,
-            Of::Undone(until) => safety_copy(ceph, wanted, kept, in_place, until).await,
-        }
-    }
 }
 
 /// What the preflight answers; the first of `parts` is the image with the data directory.
@@ -416,120 +260,6 @@ async fn only_the_pod_writes(
     }
 }
 
-/// The image of a backup of the database itself, if it is the one in place or one that this took the place of.
-async fn own_backup(
-    ceph: &Ceph,
-    wanted: &Wanted,
-    kept: &Kept,
-    in_place: &InPlace,
-) -> Result<ImageRecord, Problem> {
-    let (name, recorded) = (&wanted.name, &kept.image);
-    let InPlace { claim, image, .. } = in_place;
-    let source = if recorded.id == image.id {
-        image.clone()
-    } else {
-        let metadata = ceph.metadata(&image.spec()).await.map_err(of_ceph)?;
-        if !lineage::ids(&metadata).contains(&recorded.id) || recorded.pool != image.pool {
-            return Err(permanent(
-                format!(
-                    "the backup {name} is of another volume: it lies in the image with the id {}, and the image {} of the \
-                     claim {claim} has the id {}",
-                    recorded.id, image.name, image.id
-                ),
-                "choose a backup that was taken since the volume was made",
-            ));
-        }
-        image_of(ceph, name, recorded).await?
-    };
-    is_there(ceph, name, known(&kept.snapshot, "snapshot")?, &source).await?;
-    match wanted.method {
-        Method::Swap => can_be_cloned(ceph, &source).await?,
-        Method::Rollback if source.id != image.id => {
-            return Err(permanent(
-                format!(
-                    "the backup {name} lies in an image that an earlier restore set aside: {}, while the claim {claim} is {}",
-                    source.spec(),
-                    image.spec()
-                ),
-                "an image is rolled back to its own snapshots only: use the method swap",
-            ));
-        }
-        Method::Rollback => {}
-    }
-    Ok(source)
-}
-
-/// The image of a backup of another database, if what gets the data never ran.
-async fn backup_of_another(
-    ceph: &Ceph,
-    wanted: &Wanted,
-    kept: &Kept,
-    in_place: &InPlace,
-    target: Target<'_>,
-) -> Result<ImageRecord, Problem> {
-    let InPlace { claim, image, info, .. } = in_place;
-    let source = image_of(ceph, &wanted.name, &kept.image).await?;
-    let snapshot = known(&kept.snapshot, "snapshot")?;
-    is_there(ceph, &wanted.name, snapshot, &source).await?;
-    can_be_cloned(ceph, &source).await?;
-    let pod = target.pod.map(Pod::name_any);
-    let newcomer = Newcomer {
-        name: target.name,
-        replicas: target.replicas,
-        pod: pod.as_deref(),
-        claim,
-        image,
-        size: info.size,
-        used: ceph.used_bytes(&image.spec()).await.map_err(of_ceph)?,
-        snapshots: ceph.snapshots(&image.spec()).await.map_err(of_ceph)?.len(),
-        is_clone: info.parent.is_some(),
-    };
-    fits(&newcomer, &wanted.name, &source, snapshot.size)?;
-    Ok(source)
-}
-
-/// The safety copy of a restore, if it is there and what that restore left is still in place.
-async fn safety_copy(
-    ceph: &Ceph,
-    wanted: &Wanted,
-    kept: &Kept,
-    in_place: &InPlace,
-    until: Option<Timestamp>,
-) -> Result<ImageRecord, Problem> {
-    let name = &wanted.name;
-    let InPlace { claim, image, .. } = in_place;
-    let left = known(&kept.left, "new image")?;
-    if left.id != image.id {
-        return Err(permanent(
-            format!(
-                "since the restore {name} another image took the place: it left the id {} for the claim {claim}, and now \
-                 it is {}",
-                left.id, image.id
-            ),
-            "undo the later restore first (kubectl get pgr)",
-        ));
-    }
-    let gone = |what: &str| {
-        let until = until.map_or(String::new(), |until| format!(" (it was kept until {until})"));
-        permanent(
-            format!("the safety copy of the restore {name} is gone{until}: {what}"),
-            "restore a backup instead; an image may still be in the trash (rbd trash ls)",
-        )
-    };
-    let Some(snapshot) = &kept.snapshot else {
-        let found = ceph.image_by_id(&kept.image).await.map_err(|error| match error.is_not_found() {
-            true => gone(&format!("no image has the id {}", kept.image.id)),
-            false => of_ceph(error),
-        })?;
-        return Ok(ImageRecord { name: found.name, ..kept.image.clone() });
-    };
-    let snapshots = ceph.snapshots(&image.spec()).await.map_err(of_ceph)?;
-    if !snapshots.iter().any(|found| found.by_user && found.id == snapshot.id) {
-        return Err(gone(&format!("there is no {}@{}", image.spec(), snapshot.name)));
-    }
-    Ok(image.clone())
-}
-
 /// A backup that has begun is waited for: it may have the database in backup mode.
 pub(super) fn no_backup_runs(backups: &[PostgresBackup], database: &str) -> Result<(), Problem> {
     let running = backups.iter().find(|backup| {
@@ -543,37 +273,6 @@ pub(super) fn no_backup_runs(backups: &[PostgresBackup], database: &str) -> Resu
         )),
         None => Ok(()),
     }
-}
-
-/// The image that a backup lies in, by the name it has now.
-async fn image_of(ceph: &Ceph, backup: &str, recorded: &ImageRecord) -> Result<ImageRecord, Problem> {
-    let found = ceph.image_by_id(recorded).await.map_err(|error| match error.is_not_found() {
-        true => permanent(
-            format!("the image with the id {} that the backup {backup} lies in is gone", recorded.id),
-            "see whether it is in the trash (rbd trash ls), or choose another backup",
-        ),
-        false => of_ceph(error),
-    })?;
-    Ok(ImageRecord { name: found.name, ..recorded.clone() })
-}
-
-/// Whether the snapshot of a backup is there.
-async fn is_there(
-    ceph: &Ceph,
-    backup: &str,
-    snapshot: &SnapshotRecord,
-    image: &ImageRecord,
-) -> Result<(), Problem> {
-    let snapshots = ceph.snapshots(&image.spec()).await.map_err(of_ceph)?;
-    let there =
-        snapshots.iter().any(|found| found.by_user && found.id == snapshot.id && found.name == snapshot.name);
-    if there {
-        return Ok(());
-    }
-    Err(permanent(
-        format!("the snapshot {}@{} of the backup {backup} is gone", image.spec(), snapshot.name),
-        "choose another backup",
-    ))
 }
 
 pub(super) fn pod_name(database: &StatefulSet) -> String {
@@ -595,30 +294,74 @@ async fn journal_of(ceph: &Ceph, volume: &RbdVolume) -> Result<Option<JournalRec
     }))
 }
 
-/// Whether a node can map a clone of the image's snapshot.
-async fn can_be_cloned(ceph: &Ceph, image: &ImageRecord) -> Result<(), Problem> {
-    let mut info: ImageInfo = ceph.info(&image.spec()).await.map_err(of_ceph)?;
-    if !info.features.iter().any(|feature| feature == "layering") {
-        return Err(permanent(
-            format!("image {} lacks the feature layering, so its snapshots cannot be cloned", image.spec()),
-            "use the method rollback",
-        ));
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use howdah_core::backup::FailureKind;
+    use serde_json::json;
+
+    fn database() -> StatefulSet {
+        serde_json::from_value(json!({
+            "metadata": {"name": "db", "namespace": "shop"},
+            "spec": {
+                "serviceName": "db", "selector": {},
+                "template": {"spec": {
+                    "containers": [{"name": "postgres", "volumeMounts": [
+                        {"name": "data", "mountPath": "/data"}, {"name": "wal", "mountPath": "/wal"},
+                        {"name": "fast", "mountPath": "/fast"}, {"name": "tmp", "mountPath": "/tmp"}]}],
+                    "volumes": [{"name": "fast", "persistentVolumeClaim": {"claimName": "mine"}},
+                        {"name": "tmp", "emptyDir": {}}]
+                }},
+                "volumeClaimTemplates": [
+                    {"metadata": {"name": "data"}}, {"metadata": {"name": "wal"}}, {"metadata": {"name": "unused"}}]
+            }
+        }))
+        .unwrap()
     }
-    let mut depth = 1;
-    while let Some(parent) = &info.parent {
-        depth += 1;
-        if depth > CHAIN_MAX {
-            return Err(permanent(
-                format!("image {} is the end of a chain of {depth} clones already", image.spec()),
-                format!("stop the database and run: rbd flatten {}", image.spec()),
-            ));
-        }
-        match ceph.info(&parent.spec()).await {
-            Ok(next) => info = next,
-            // A parent in the trash opens by no name; the chain is at least as long as it was counted.
-            Err(error) if error.is_not_found() => break,
-            Err(error) => return Err(of_ceph(error)),
+
+    fn claim(volume: &str) -> Result<String, Problem> {
+        let database = database();
+        let template = database.spec.as_ref().unwrap().template.spec.as_ref().unwrap();
+        claim_of_part(&database, template, &template.containers[0], "the backup db-1", volume)
+    }
+
+    #[test]
+    fn a_further_volume_is_found_by_its_name_in_the_pod() {
+        assert_eq!(claim("wal").unwrap(), "wal-db-0");
+        assert_eq!(claim("fast").unwrap(), "mine");
+    }
+
+    #[test]
+    fn a_volume_that_the_database_has_no_claim_for_is_refused_by_name() {
+        // Not there, there and not mounted, and of another kind.
+        for volume in ["old", "unused", "tmp"] {
+            let problem = claim(volume).unwrap_err();
+            assert_eq!(problem.kind, FailureKind::Permanent);
+            let words = format!("the backup db-1 holds the volume {volume}, ");
+            assert!(problem.reason.contains(&words), "{}", problem.reason);
+            assert!(problem.cure.contains("mount it as it was"), "{}", problem.cure);
         }
     }
-    Ok(())
+
+    fn in_place(claim: &str, image: &str) -> InPlace {
+        let image = ImageRecord {
+            pool: "p".to_owned(),
+            rados_namespace: String::new(),
+            name: image.to_owned(),
+            id: image.to_owned(),
+        };
+        let info = serde_json::from_value(json!({"id": image.id, "size": 1})).unwrap();
+        InPlace { claim: claim.to_owned(), volume: String::new(), journal: None, image, info }
+    }
+
+    #[test]
+    fn two_volumes_in_one_image_are_refused() {
+        assert_eq!(all_differ(&[in_place("data-db-0", "a"), in_place("wal-db-0", "b")]), Ok(()));
+        let volumes = [in_place("data-db-0", "a"), in_place("wal-db-0", "b"), in_place("mine", "a")];
+        let problem = all_differ(&volumes).unwrap_err();
+        assert!(
+            problem.reason.contains("the claims data-db-0 and mine lie in the same image p/a"),
+            "{problem:?}"
+        );
+    }
 }
