@@ -71,8 +71,8 @@ async fn order(client: Client, arguments: RestoreArgs) -> anyhow::Result<String>
 fn manifests(namespace: &str, copy: into::Copy, spec: PostgresRestoreSpec) -> anyhow::Result<String> {
     let record = PostgresRestore { status: None, ..record(namespace, spec, "restore") };
     let record = serde_json::to_value(record).context("write the PostgresRestore")?;
-    let documents =
-        [copy.set, copy.claim, record].iter().map(serde_yaml_ng::to_string).collect::<Result<Vec<_>, _>>();
+    let all = std::iter::once(copy.set).chain(copy.claims).chain([record]);
+    let documents = all.map(|object| serde_yaml_ng::to_string(&object)).collect::<Result<Vec<_>, _>>();
     Ok(documents.context("write what would be created as YAML")?.join("---\n"))
 }
 
@@ -280,6 +280,22 @@ mod tests {
         let mut waiting = begun;
         waiting["steps"][1]["message"] = json!("the pod db-0 is still going");
         assert_eq!(progress.lines(&status(waiting)), ["  Stopping: the pod db-0 is still going"]);
+    }
+
+    #[test]
+    fn a_dry_run_prints_every_claim_before_the_record() {
+        let claim = |name: &str| json!({"kind": "PersistentVolumeClaim", "metadata": {"name": name}});
+        let set = json!({"kind": "StatefulSet", "metadata": {"name": "db-copy"}});
+        let copy = into::Copy { set, claims: vec![claim("data-db-copy-0"), claim("wal-db-copy-0")] };
+        let text = manifests("shop", copy, PostgresRestoreSpec::default()).unwrap();
+        let read = |document: &str| serde_yaml_ng::from_str::<Value>(document).unwrap();
+        let documents: Vec<Value> = text.split("---\n").map(read).collect();
+        let kinds: Vec<&Value> = documents.iter().map(|document| &document["kind"]).collect();
+        assert_eq!(
+            kinds,
+            ["StatefulSet", "PersistentVolumeClaim", "PersistentVolumeClaim", "PostgresRestore"]
+        );
+        assert_eq!(documents[2]["metadata"]["name"], "wal-db-copy-0");
     }
 
     #[test]

@@ -17,12 +17,17 @@
 //! names that derive from the record's uid. A restore that cannot go on goes back; one that cannot go back either is
 //! `Stuck`, with the gate still closed, and is taken up again on request ([`Event::Asked`]).
 //!
-//! No `backup_label` is written: a snapshot of the one image starts by crash recovery, and with a label that no archive
-//! covers PostgreSQL refuses to start.
+//! A database may lie in several images, which only fit together as they were backed up. Each effect acts on all of them
+//! before the next phase is entered, and what is put back is put back in all: the database is never started on one that is
+//! restored beside one that is not.
+//!
+//! No `backup_label` is written: the snapshots of a backup start by crash recovery, and with a label that no archive covers
+//! PostgreSQL refuses to start.
 
 mod choose;
 pub mod copy;
 mod into;
+mod piece;
 mod record;
 
 use jiff::{SignedDuration, Timestamp};
@@ -33,9 +38,10 @@ use crate::names;
 
 pub use choose::{Candidate, choose, taken_at};
 pub use into::{Newcomer, fits};
+pub use piece::Piece;
 pub use record::{
-    Failure, Goal, JournalRecord, Method, Order, Phase, Proof, RestoreStatus, Source, StepRecord,
-    VolumeRecord,
+    Failure, Goal, JournalRecord, Method, Order, Phase, Proof, RestoreStatus, RestoredPart, Source,
+    StepRecord, VolumeRecord,
 };
 
 /// Most preflights; with the delays below they spread over some five minutes, in which a busy Ceph recovers.
@@ -73,7 +79,7 @@ pub struct Facts {
     pub source: Source,
     /// How.
     pub method: Method,
-    /// The volume.
+    /// The volume with the data directory.
     pub volume: VolumeRecord,
     /// The image in place.
     pub image: ImageRecord,
@@ -87,6 +93,8 @@ pub struct Facts {
     pub grace: SignedDuration,
     /// Undo of a swap: the image that takes the place exists already.
     pub incoming: Option<ImageRecord>,
+    /// The further volumes. No safety copy is known yet; for the undo of a swap, what takes each place is.
+    pub parts: Vec<RestoredPart>,
 }
 
 /// Who was seen to answer.
@@ -145,17 +153,17 @@ pub enum Event {
     Proven(Vec<Proof>),
     /// A proof is missing.
     Unproven(Vec<Proof>),
-    /// The image that takes the place exists, under the name given here.
-    Prepared(ImageRecord),
-    /// The image that was in place bears its other name.
+    /// All images that take a place exist, under the names given here: one for each of [`RestoreStatus::pieces`].
+    Prepared(Vec<ImageRecord>),
+    /// Each image that was in place bears its other name.
     SetAside,
-    /// The new image bears the name of the volume.
+    /// Each new image bears the name of its volume.
     Placed,
-    /// ceph-csi's journal holds the id of the new image.
+    /// ceph-csi's journals hold the ids of the new images.
     Booked,
-    /// The safety snapshot exists.
-    Safeguarded(SnapshotRecord),
-    /// The image is rolled back, to its last object.
+    /// All safety snapshots exist: one for each of [`RestoreStatus::pieces`].
+    Safeguarded(Vec<SnapshotRecord>),
+    /// Each image is rolled back, to its last object.
     RolledBack,
     /// Everything is put back.
     PutBack,
@@ -176,7 +184,9 @@ pub enum Event {
     Failed(Problem),
 }
 
-/// What to do. All but [`Effect::Announce`] end in an event.
+/// What to do. All but [`Effect::Announce`] end in an event. What is said of one image holds for each that is restored
+/// ([`RestoreStatus::pieces`]): the event tells that it was done to all, and after a failure or a crash it is done to all
+/// again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effect {
     /// Find the backup, the volume and the image, and judge them.
@@ -261,19 +271,12 @@ pub fn next(
         }
         (Phase::Proving, Event::Unproven(proofs)) => run.unproven(proofs),
 
-        (Phase::Preparing, Event::Prepared(image)) => {
-            run.status.incoming = Some(image);
-            let aside = run.status.image.clone();
-            run.status.safety_image =
-                aside.map(|image| ImageRecord { name: order.aside_name(&image.name), ..image });
-            run.enter(Phase::SettingAside)
-        }
+        (Phase::Preparing, Event::Prepared(images)) if images.len() == run.pieces() => run.prepared(images),
         (Phase::SettingAside, Event::SetAside) => run.enter(Phase::Placing),
         (Phase::Placing, Event::Placed) => run.enter(Phase::Bookkeeping),
         (Phase::Bookkeeping, Event::Booked) | (Phase::RollingBack, Event::RolledBack) => run.start(),
-        (Phase::Safeguarding, Event::Safeguarded(snapshot)) => {
-            run.status.safety_snapshot = Some(snapshot);
-            run.enter(Phase::RollingBack)
+        (Phase::Safeguarding, Event::Safeguarded(snapshots)) if snapshots.len() == run.pieces() => {
+            run.safeguarded(snapshots)
         }
         (Phase::PuttingBack, Event::PutBack) => run.start(),
 
@@ -356,7 +359,8 @@ impl Run<'_> {
     }
 
     fn accept(&mut self, facts: Facts) -> Vec<Effect> {
-        let Facts { source, method, volume, image, size, replicas, replicas_after, grace, incoming } = facts;
+        let Facts { source, method, volume, image, size, replicas, replicas_after, grace, incoming, parts } =
+            facts;
         let status = &mut self.status;
         status.source = Some(source);
         status.method = Some(method);
@@ -367,6 +371,7 @@ impl Run<'_> {
         status.replicas_after = replicas_after;
         status.grace_seconds = u32::try_from(grace.as_secs()).unwrap_or(0);
         status.incoming = incoming;
+        status.parts = parts;
         status.failure = None;
         self.enter(Phase::Gating)
     }
@@ -379,6 +384,35 @@ impl Run<'_> {
             (false, Method::Rollback) => Phase::Safeguarding,
         };
         self.enter(phase)
+    }
+
+    /// How many images are restored.
+    fn pieces(&self) -> usize {
+        1 + self.status.parts.len()
+    }
+
+    /// From here on the record names all that take a place and all that are set aside, by their ids.
+    fn prepared(&mut self, images: Vec<ImageRecord>) -> Vec<Effect> {
+        let order = self.order;
+        let aside =
+            |image: &ImageRecord| ImageRecord { name: order.aside_name(&image.name), ..image.clone() };
+        let mut images = images.into_iter();
+        self.status.incoming = images.next();
+        self.status.safety_image = self.status.image.as_ref().map(aside);
+        for part in &mut self.status.parts {
+            part.incoming = images.next();
+            part.safety_image = Some(aside(&part.image));
+        }
+        self.enter(Phase::SettingAside)
+    }
+
+    fn safeguarded(&mut self, snapshots: Vec<SnapshotRecord>) -> Vec<Effect> {
+        let mut snapshots = snapshots.into_iter();
+        self.status.safety_snapshot = snapshots.next();
+        for part in &mut self.status.parts {
+            part.safety_snapshot = snapshots.next();
+        }
+        self.enter(Phase::RollingBack)
     }
 
     fn unproven(&mut self, proofs: Vec<Proof>) -> Vec<Effect> {

@@ -2,6 +2,7 @@
 
 mod cluster;
 mod preflight;
+mod source;
 mod storage;
 
 use std::time::Duration;
@@ -12,7 +13,7 @@ use howdah_adapters::leader::Mandate;
 use howdah_adapters::records::PostgresRestore;
 use howdah_core::backup::{FailureKind, Problem};
 use howdah_core::names;
-use howdah_core::restore::{self, Effect, Event, Order, Phase, Request, RestoreStatus};
+use howdah_core::restore::{self, Effect, Event, Order, Phase, Piece, Request, RestoreStatus};
 use jiff::Timestamp;
 use kube::runtime::events::{Event as ClusterEvent, EventType};
 use kube::{Api, ResourceExt as _};
@@ -25,17 +26,22 @@ use crate::run::{self, Operation};
 /// The token of the request that deleting an open record is.
 const DELETED: &str = "deleted";
 
-/// How long each effect may take, beyond the limits of the single calls inside.
-fn limit_of(effect: &Effect) -> Duration {
+/// How long each effect may take, beyond the limits of the single calls inside; `images` are restored, one after the
+/// other.
+fn limit_of(effect: &Effect, images: u32) -> Duration {
     match effect {
-        // Some fifteen calls, each answered in a second, or slow for one reason.
-        Effect::Preflight | Effect::Prove => Duration::from_secs(180),
+        // Some fifteen calls for each image, each answered in a second, or slow for one reason. How many images there are is
+        // what it finds out.
+        Effect::Preflight => Duration::from_secs(600),
+        Effect::Prove => Duration::from_secs(180) * images,
         Effect::CloseGate | Effect::Stop | Effect::Start { .. } | Effect::OpenGate => Duration::from_secs(90),
         // Removes what an earlier try left, clones, and writes some metadata.
-        Effect::Prepare => Duration::from_secs(900),
-        Effect::SetAside | Effect::Place | Effect::Book | Effect::Safeguard => Duration::from_secs(300),
-        Effect::RollBack => ROLLBACK_LIMIT + Duration::from_secs(300),
-        Effect::PutBack => ROLLBACK_LIMIT + Duration::from_secs(900),
+        Effect::Prepare => Duration::from_secs(900) * images,
+        Effect::SetAside | Effect::Place | Effect::Book | Effect::Safeguard => {
+            Duration::from_secs(300) * images
+        }
+        Effect::RollBack => (ROLLBACK_LIMIT + Duration::from_secs(300)) * images,
+        Effect::PutBack => (ROLLBACK_LIMIT + Duration::from_secs(900)) * images,
         // A connection is given up after 15 s.
         Effect::Ask => Duration::from_secs(90),
         Effect::Announce => Duration::from_secs(30),
@@ -244,7 +250,8 @@ impl Operation for Restore<'_> {
     }
 
     async fn perform(&mut self, effect: &Effect, status: &RestoreStatus) -> Option<Event> {
-        let limit = limit_of(effect);
+        let images = u32::try_from(1 + status.parts.len()).unwrap_or(u32::MAX);
+        let limit = limit_of(effect, images);
         let problem = match tokio::time::timeout(limit, self.perform_unbounded(effect, status)).await {
             Ok(Ok(event)) => return event,
             Ok(Err(problem)) => problem,
@@ -278,6 +285,11 @@ fn known<'s, T>(part: &'s Option<T>, what: &str) -> Result<&'s T, Problem> {
     part.as_ref().ok_or_else(|| permanent(format!("the record names no {what}"), "report this as a bug"))
 }
 
+/// What is restored, as the preflight wrote it down: the image with the data directory, and the others after it.
+fn pieces(status: &RestoreStatus) -> Result<Vec<Piece<'_>>, Problem> {
+    known(&status.pieces(), "volume, image and source").cloned()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -298,6 +310,14 @@ mod tests {
         }
         assert!(is_open(&record(json!({"name": "r"}), json!({"phase": "Proving"}))));
         assert!(is_open(&record(json!({"name": "r"}), json!(null))));
+    }
+
+    #[test]
+    fn what_is_done_to_each_image_has_the_time_for_each() {
+        for effect in [Effect::Prove, Effect::Prepare, Effect::SetAside, Effect::RollBack, Effect::PutBack] {
+            assert_eq!(limit_of(&effect, 3), limit_of(&effect, 1) * 3, "{effect:?}");
+        }
+        assert_eq!(limit_of(&Effect::Stop, 3), limit_of(&Effect::Stop, 1));
     }
 
     #[test]

@@ -1,10 +1,10 @@
-//! `restore --into`: makes the StatefulSet and the claim that a backup is restored into, by the rights of whoever runs it.
+//! `restore --into`: makes the StatefulSet and the claims that a backup is restored into, by the rights of whoever runs it.
 //! The scheduler needs none for that: it only fills what is there.
 
 use anyhow::{Context as _, bail};
 use howdah_adapters::kubernetes::{KubernetesError, call};
 use howdah_adapters::records::{PostgresBackup, PostgresRestoreSpec};
-use howdah_core::restore::{choose, copy};
+use howdah_core::restore::{Candidate, choose, copy};
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
@@ -17,8 +17,8 @@ use serde_json::Value;
 pub struct Copy {
     /// The StatefulSet, at zero replicas.
     pub set: Value,
-    /// The claim of its data.
-    pub claim: Value,
+    /// The claim of its data, and one for each further volume that the backup holds.
+    pub claims: Vec<Value>,
 }
 
 /// As raw objects, so that no field is lost that this version does not know.
@@ -30,37 +30,54 @@ fn claims(client: &Client, namespace: &str) -> Api<DynamicObject> {
     Api::namespaced_with(client.clone(), namespace, &ApiResource::erase::<PersistentVolumeClaim>(&()))
 }
 
-/// Copies the StatefulSet of `spec`, with a claim for the backup that `spec` means today.
+/// Copies the StatefulSet of `spec`, with a claim for each image of the backup that `spec` means today.
 pub async fn plan(client: &Client, namespace: &str, spec: &PostgresRestoreSpec) -> anyhow::Result<Copy> {
     let (of, name) = (&spec.stateful_set, spec.target());
     let set = call(format!("get the StatefulSet {namespace}/{of}"), sets(client, namespace).get(of)).await?;
     let set = serde_json::to_value(set).context("read the StatefulSet")?;
-    let (original, wanted) = (copy::claim_name(&set, of)?, copy::claim_name(&set, name)?);
-    let attempt = format!("get the PersistentVolumeClaim {namespace}/{original}");
-    let claim = call(attempt, claims(client, namespace).get(&original)).await?;
-    let claim = serde_json::to_value(claim).context("read the PersistentVolumeClaim")?;
-    let bytes = size(client, namespace, spec).await?;
-    Ok(Copy { set: copy::stateful_set(&set, name), claim: copy::claim(&claim, &wanted, name, bytes) })
+    let backup = backup(client, namespace, spec).await?;
+    let snapshot = backup.snapshot.context("read the size of the backup: it records none")?;
+    let mut wanted = vec![(copy::claim_name(&set, of)?, copy::claim_name(&set, name)?, snapshot.size)];
+    for part in backup.parts {
+        let volume = &part.volume;
+        let snapshot = part.snapshot.with_context(|| {
+            format!("read the size of the volume {volume} in the backup: it records no snapshot of it")
+        })?;
+        let names = (copy::part_claim_name(&set, of, volume)?, copy::part_claim_name(&set, name, volume)?);
+        wanted.push((names.0, names.1, snapshot.size));
+    }
+    let mut claims = Vec::new();
+    for (original, copied, bytes) in wanted {
+        let attempt = format!("get the PersistentVolumeClaim {namespace}/{original}");
+        let claim = call(attempt, self::claims(client, namespace).get(&original)).await?;
+        let claim = serde_json::to_value(claim).context("read the PersistentVolumeClaim")?;
+        claims.push(copy::claim(&claim, &copied, name, bytes));
+    }
+    Ok(Copy { set: copy::stateful_set(&set, name), claims })
 }
 
-/// The size of the backup.
-async fn size(client: &Client, namespace: &str, spec: &PostgresRestoreSpec) -> anyhow::Result<u64> {
+async fn backup(client: &Client, namespace: &str, spec: &PostgresRestoreSpec) -> anyhow::Result<Candidate> {
     let backups = Api::<PostgresBackup>::namespaced(client.clone(), namespace);
     let all = call(format!("list the backups of {namespace}"), backups.list(&ListParams::default())).await?;
     let candidates: Vec<_> = all.items.iter().map(PostgresBackup::candidate).collect();
     let chosen = choose(&spec.goal(), &spec.stateful_set, &candidates, Timestamp::now());
-    let chosen = chosen.map_err(|problem| anyhow::anyhow!("{}; {}", problem.reason, problem.cure))?;
-    let snapshot = chosen.snapshot.as_ref().context("read the size of the backup: it records none")?;
-    Ok(snapshot.size)
+    chosen.cloned().map_err(|problem| anyhow::anyhow!("{}; {}", problem.reason, problem.cure))
 }
 
-/// Creates both, the StatefulSet first, which a policy may refuse; answers with its uid.
+/// Creates all of it, the StatefulSet first, which a policy may refuse; answers with its uid.
 pub async fn create(client: &Client, namespace: &str, copy: Copy) -> anyhow::Result<Option<String>> {
     let set = one(&sets(client, namespace), "statefulset", namespace, copy.set).await?;
     let name = set.name_any();
-    one(&claims(client, namespace), "persistentvolumeclaim", namespace, copy.claim).await.with_context(
-        || format!("the StatefulSet was created; before another try: kubectl delete statefulset {name} -n {namespace}"),
-    )?;
+    let mut made = String::new();
+    for claim in copy.claims {
+        let claim = one(&claims(client, namespace), "persistentvolumeclaim", namespace, claim).await;
+        let claim = claim.with_context(|| {
+            format!(
+                "the StatefulSet was created; before another try: kubectl delete statefulset/{name}{made} -n {namespace}"
+            )
+        })?;
+        made.push_str(&format!(" pvc/{}", claim.name_any()));
+    }
     Ok(set.uid())
 }
 

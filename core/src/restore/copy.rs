@@ -1,4 +1,4 @@
-//! The StatefulSet and the claim that a backup is restored into, made from those of the original. Only manifests:
+//! The StatefulSet and the claims that a backup is restored into, made from those of the original. Only manifests:
 //! whoever asks for the copy creates them, by his own rights.
 //!
 //! What ties the original to others is left behind. No label goes along, so that no Service sends the original's clients
@@ -28,6 +28,17 @@ pub enum CopyError {
          a PostgresRestore with spec.into"
     )]
     NoData(String),
+    /// A volume that the backup holds and no template makes a claim for.
+    #[error(
+        "find the claim of the volume {volume}, which the backup holds: the StatefulSet {set} has no volumeClaimTemplate of that \
+         name; make the other StatefulSet by hand, as the original was, and create a PostgresRestore with spec.into"
+    )]
+    NoPart {
+        /// The original.
+        set: String,
+        /// The volume of the pod.
+        volume: String,
+    },
     /// A claim that no template makes, which the copy would mount, too.
     #[error(
         "copy the StatefulSet {set}: its volume {volume} names the claim {claim}, which both would write to; make the other \
@@ -48,19 +59,45 @@ pub enum CopyError {
 /// # Errors
 /// See [`CopyError`].
 pub fn claim_name(set: &Value, name: &str) -> Result<String, CopyError> {
-    let original = || raw::string(set, &["metadata", "name"]).unwrap_or_default().to_owned();
+    none_shared(set)?;
+    let volume = data_volume(set).ok_or_else(|| CopyError::NoData(name_of(set)))?;
+    Ok(claim_of(set, name, volume))
+}
+
+/// The name of the claim behind the pod's volume `volume`, if the set were called `name`.
+///
+/// # Errors
+/// See [`CopyError`].
+pub fn part_claim_name(set: &Value, name: &str, volume: &str) -> Result<String, CopyError> {
+    none_shared(set)?;
+    let templates = raw::list(set, &["spec", "volumeClaimTemplates"]);
+    if templates.iter().any(|template| raw::string(template, &["metadata", "name"]) == Some(volume)) {
+        return Ok(claim_of(set, name, volume));
+    }
+    Err(CopyError::NoPart { set: name_of(set), volume: volume.to_owned() })
+}
+
+fn none_shared(set: &Value) -> Result<(), CopyError> {
     for volume in raw::list(set, &["spec", "template", "spec", "volumes"]) {
         if let Some(claim) = raw::string(volume, &["persistentVolumeClaim", "claimName"]) {
             return Err(CopyError::Shared {
-                set: original(),
+                set: name_of(set),
                 volume: raw::string(volume, &["name"]).unwrap_or_default().to_owned(),
                 claim: claim.to_owned(),
             });
         }
     }
-    let volume = data_volume(set).ok_or_else(|| CopyError::NoData(original()))?;
+    Ok(())
+}
+
+fn name_of(set: &Value) -> String {
+    raw::string(set, &["metadata", "name"]).unwrap_or_default().to_owned()
+}
+
+/// As the StatefulSet controller names the claim of a template.
+fn claim_of(set: &Value, name: &str, template: &str) -> String {
     let ordinal = raw::integer(set, &["spec", "ordinals", "start"]).unwrap_or(0);
-    Ok(format!("{volume}-{name}-{ordinal}"))
+    format!("{template}-{name}-{ordinal}")
 }
 
 /// The StatefulSet `name`: `set` with a name, a selector and a governing Service of its own, stopped, and protected.
@@ -200,12 +237,28 @@ mod tests {
     }
 
     #[test]
+    fn the_claim_of_a_further_volume_is_found_by_its_name() {
+        let mut set = original();
+        let templates = set["spec"]["volumeClaimTemplates"].as_array_mut().unwrap();
+        templates.push(json!({"metadata": {"name": "wal"}, "spec": {"storageClassName": "rbd"}}));
+        assert_eq!(part_claim_name(&set, "db", "wal").unwrap(), "wal-db-0");
+        set["spec"]["ordinals"] = json!({"start": 3});
+        assert_eq!(part_claim_name(&set, "db-copy", "wal").unwrap(), "wal-db-copy-3");
+        let missing = part_claim_name(&set, "db-copy", "fast").unwrap_err().to_string();
+        assert!(
+            missing.contains("the volume fast") && missing.contains("StatefulSet db has no"),
+            "{missing}"
+        );
+    }
+
+    #[test]
     fn a_claim_that_both_would_mount_is_refused() {
         let mut shared = original();
         shared["spec"]["template"]["spec"]["volumes"] =
             json!([{"name": "more", "persistentVolumeClaim": {"claimName": "mine"}}]);
         let error = claim_name(&shared, "db-copy").unwrap_err().to_string();
         assert!(error.contains("its volume more names the claim mine"), "{error}");
+        assert_eq!(part_claim_name(&shared, "db-copy", "more").unwrap_err().to_string(), error);
     }
 
     #[test]

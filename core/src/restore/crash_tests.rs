@@ -1,4 +1,5 @@
-//! Runs whole restores against a small model of Ceph and Kubernetes, killing the process at every point.
+//! Runs whole restores against a small model of Ceph and Kubernetes, killing the process at every point: of a database in
+//! one image, and of one in several, where it also dies between one image and the next.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -6,11 +7,36 @@ use proptest::prelude::*;
 
 use super::*;
 
-const LIVE: &str = "csi-vol-1";
-const ASIDE: &str = "csi-vol-1.howdah-0a1b2c3d";
-const INCOMING: &str = "csi-vol-1.howdah-new-0a1b2c3d";
 const SAFETY: &str = "howdah-pre-restore-0a1b2c3d";
-const OLD_ID: &str = "old";
+/// Images of a database that lies on two volumes beside the one with the data directory.
+const SEVERAL: usize = 3;
+
+/// The name that the image of a volume goes by; the first holds the data directory.
+fn live(volume: usize) -> String {
+    format!("csi-vol-{volume}")
+}
+
+fn aside(live: &str) -> String {
+    format!("{live}.howdah-0a1b2c3d")
+}
+
+fn new(live: &str) -> String {
+    format!("{live}.howdah-new-0a1b2c3d")
+}
+
+/// The name of the safety copy that an undo takes.
+fn earlier(live: &str) -> String {
+    format!("{live}.howdah-earlier")
+}
+
+/// The id of the image that a volume goes by before the restore.
+fn old(volume: usize) -> String {
+    format!("old-{volume}")
+}
+
+fn safe(volume: usize) -> String {
+    format!("safe-{volume}")
+}
 
 fn created() -> Timestamp {
     "2026-11-22T12:00:00Z".parse().unwrap()
@@ -65,12 +91,18 @@ enum Data {
 /// What survives the death of the scheduler.
 #[derive(Clone)]
 struct World {
+    /// Volumes that the database lies on.
+    volumes: usize,
+    /// The ids, by the name.
     images: BTreeMap<String, String>,
+    /// By the id.
     data: BTreeMap<String, Data>,
+    /// The safety snapshots, by the id of the image.
     snapshots: BTreeMap<String, Data>,
     trash: BTreeSet<String>,
     made: u32,
-    journal: String,
+    /// What ceph-csi takes for the image of each volume, by its name.
+    journal: BTreeMap<String, String>,
     gate: Option<String>,
     replicas: i32,
     replicas_before: i32,
@@ -83,19 +115,33 @@ struct World {
     silent: u32,
     /// Effects still to fail, by their order.
     script: VecDeque<bool>,
+    /// Images that such an effect has done when it fails.
+    done_at_failure: usize,
     undo: bool,
 }
 
 impl World {
     fn new(order: &Order) -> Self {
+        Self::of_volumes(order, 1)
+    }
+
+    /// A database that lies on several volumes.
+    fn several(order: &Order) -> Self {
+        Self::of_volumes(order, SEVERAL)
+    }
+
+    fn of_volumes(order: &Order, volumes: usize) -> Self {
         let undo = matches!(order.goal, Goal::Undo(_));
+        let names: BTreeMap<String, String> =
+            (0..volumes).map(|volume| (live(volume), old(volume))).collect();
         let mut world = Self {
-            images: [(LIVE.to_owned(), OLD_ID.to_owned())].into(),
-            data: [(OLD_ID.to_owned(), Data::Current)].into(),
+            volumes,
+            data: names.values().map(|id| (id.clone(), Data::Current)).collect(),
+            journal: names.clone(),
+            images: names,
             snapshots: BTreeMap::new(),
             trash: BTreeSet::new(),
             made: 0,
-            journal: OLD_ID.to_owned(),
             gate: None,
             replicas: 1,
             replicas_before: 1,
@@ -104,35 +150,50 @@ impl World {
             unproven: 0,
             silent: 0,
             script: VecDeque::new(),
+            done_at_failure: 0,
             undo,
         };
         if undo {
-            world.images.insert("csi-vol-1.howdah-earlier".to_owned(), "safe".to_owned());
-            world.data.insert("safe".to_owned(), Data::Wanted);
+            world.images.extend((0..volumes).map(|volume| (earlier(&live(volume)), safe(volume))));
+            world.data.extend((0..volumes).map(|volume| (safe(volume), Data::Wanted)));
         }
         world
     }
 
-    fn stopped(order: &Order) -> Self {
-        Self { replicas: 0, replicas_before: 0, ..Self::new(order) }
+    fn stopped(self) -> Self {
+        Self { replicas: 0, replicas_before: 0, ..self }
     }
 
     /// A StatefulSet beside the original: it stands stopped and is started, or, on an undo, runs and is stopped.
-    fn beside(order: &Order) -> Self {
-        match order.goal {
-            Goal::Undo(_) => Self { replicas_after: Some(0), ..Self::new(order) },
-            _ => Self { replicas_after: Some(1), ..Self::stopped(order) },
+    fn beside(self) -> Self {
+        match self.undo {
+            true => Self { replicas_after: Some(0), ..self },
+            false => Self { replicas_after: Some(1), ..self.stopped() },
         }
     }
 
     /// All ways in which a database may stand that `order` is for.
     fn all(order: &Order) -> Vec<Self> {
-        let mut worlds = vec![Self::new(order), Self::stopped(order)];
-        // Only a swap leads into another StatefulSet.
-        if order.method == Method::Swap {
-            worlds.push(Self::beside(order));
+        let mut worlds = Vec::new();
+        for world in [Self::new(order), Self::several(order)] {
+            worlds.push(world.clone());
+            worlds.push(world.clone().stopped());
+            // Only a swap leads into another StatefulSet.
+            if order.method == Method::Swap {
+                worlds.push(world.beside());
+            }
         }
         worlds
+    }
+
+    /// The same world, once for each number of images that an effect may have done when it fails.
+    fn failing(&self) -> impl Iterator<Item = Self> {
+        (0..self.volumes).map(|done_at_failure| Self { done_at_failure, ..self.clone() })
+    }
+
+    /// What each volume holds.
+    fn holds(&self) -> Vec<Data> {
+        (0..self.volumes).map(|volume| self.data[&self.images[&live(volume)]]).collect()
     }
 
     /// What the replicas are in the end.
@@ -168,48 +229,92 @@ impl World {
         );
     }
 
-    /// Performs `effect`; `half` lets the process die in the middle of it.
+    /// What the preflight finds of one volume.
+    fn part(&self, volume: usize) -> RestoredPart {
+        let in_place = image(&live(volume), &old(volume));
+        RestoredPart {
+            name: format!("volume-{volume}"),
+            volume: VolumeRecord {
+                claim: format!("volume-{volume}-db-0"),
+                volume: format!("pvc-{volume}"),
+                journal: None,
+            },
+            image: in_place.clone(),
+            size: 1 << 30,
+            source_image: in_place,
+            source_snapshot: None,
+            incoming: self.undo.then(|| image(&earlier(&live(volume)), &safe(volume))),
+            safety_image: None,
+            safety_snapshot: None,
+        }
+    }
+
+    fn facts(&self, order: &Order) -> Facts {
+        let data = self.part(0);
+        Facts {
+            source: Source {
+                name: "db-20261122030000".to_owned(),
+                taken_at: Some(created()),
+                consistency: None,
+                image: data.source_image,
+                snapshot: None,
+            },
+            method: order.method,
+            volume: data.volume,
+            image: data.image,
+            size: data.size,
+            replicas: self.replicas,
+            replicas_after: self.replicas_after,
+            grace: SignedDuration::from_secs(300),
+            incoming: data.incoming,
+            parts: (1..self.volumes).map(|volume| self.part(volume)).collect(),
+        }
+    }
+
+    /// Performs `effect`. With `dies_at` the process dies in it, in the middle of the image of that number: those before
+    /// are done, those after are not begun.
     fn perform(
         &mut self,
         effect: &Effect,
         status: &RestoreStatus,
         order: &Order,
-        half: bool,
+        dies_at: Option<usize>,
     ) -> Option<Event> {
         self.now += SignedDuration::from_secs(1);
         let scripted = !matches!(effect, Effect::Announce | Effect::Wait { .. });
-        if scripted && self.script.pop_front().unwrap_or(false) {
+        let fails = scripted && self.script.pop_front().unwrap_or(false);
+        let pieces = status.pieces().unwrap_or_default();
+        // What an effect answers when it is cut short is never heard, or a failure.
+        let begun = match (fails, dies_at) {
+            (true, _) => self.done_at_failure,
+            (false, Some(at)) => at + 1,
+            (false, None) => pieces.len(),
+        };
+        let mut prepared = Vec::new();
+        let mut safeguarded = Vec::new();
+        for (number, piece) in pieces.iter().enumerate().take(begun) {
+            let half = !fails && dies_at == Some(number);
+            match effect {
+                Effect::Prepare => prepared.push(self.prepare(piece, half)),
+                Effect::SetAside => self.give_name(&piece.image.id, &aside(&piece.image.name)),
+                Effect::Place => self.give_name(&piece.incoming.unwrap().id, &piece.image.name),
+                Effect::Book => self.note(piece, &piece.incoming.unwrap().id),
+                Effect::Safeguard => safeguarded.push(self.safeguard(piece)),
+                Effect::RollBack => self.roll_back(piece, Data::Wanted, half),
+                Effect::PutBack => self.put_back(piece, status, half),
+                _ => {}
+            }
+        }
+        if fails {
             return Some(Event::Failed(transient()));
         }
-        let live = status.image.as_ref();
-        let incoming = status.incoming.as_ref().map(|image| image.id.clone());
         Some(match effect {
             Effect::Announce => return None,
             Effect::Wait { until } => {
                 self.now = self.now.max(*until);
                 Event::RetryDue
             }
-            Effect::Preflight => Event::PreflightPassed(Box::new(Facts {
-                source: Source {
-                    name: "db-20261122030000".to_owned(),
-                    taken_at: Some(created()),
-                    consistency: None,
-                    image: image(LIVE, OLD_ID),
-                    snapshot: None,
-                },
-                method: order.method,
-                volume: VolumeRecord {
-                    claim: "data-db-0".to_owned(),
-                    volume: "pvc-1".to_owned(),
-                    journal: None,
-                },
-                image: image(LIVE, OLD_ID),
-                size: 1 << 30,
-                replicas: self.replicas,
-                replicas_after: self.replicas_after,
-                grace: SignedDuration::from_secs(300),
-                incoming: self.undo.then(|| image("csi-vol-1.howdah-earlier", "safe")),
-            })),
+            Effect::Preflight => Event::PreflightPassed(Box::new(self.facts(order))),
             Effect::CloseGate => {
                 self.gate = Some(order.gate());
                 Event::GateClosed
@@ -225,74 +330,24 @@ impl World {
                 let proofs = vec![Proof { what: "no watcher".to_owned(), holds, seen: seen.to_owned() }];
                 if holds { Event::Proven(proofs) } else { Event::Unproven(proofs) }
             }
-            Effect::Prepare if self.undo => Event::Prepared(status.incoming.clone().unwrap()),
-            Effect::Prepare => {
-                self.may_change();
-                self.images.remove(INCOMING);
-                self.made += 1;
-                let id = format!("new-{}", self.made);
-                self.images.insert(INCOMING.to_owned(), id.clone());
-                self.data.insert(id.clone(), if half { Data::Mixture } else { Data::Wanted });
-                Event::Prepared(image(INCOMING, &id))
-            }
-            Effect::SetAside => {
-                self.give_name(OLD_ID, ASIDE);
-                Event::SetAside
-            }
-            Effect::Place => {
-                self.give_name(&incoming.unwrap(), LIVE);
-                Event::Placed
-            }
-            Effect::Book => {
-                self.may_change();
-                self.journal = incoming.unwrap();
-                Event::Booked
-            }
-            Effect::Safeguard => {
-                self.may_change();
-                self.snapshots.entry(SAFETY.to_owned()).or_insert(self.data[OLD_ID]);
-                Event::Safeguarded(SnapshotRecord { name: SAFETY.to_owned(), id: 9, size: 1 << 30 })
-            }
-            Effect::RollBack => {
-                self.may_change();
-                assert!(self.snapshots.contains_key(SAFETY), "rolled back without a safety snapshot");
-                self.data.insert(OLD_ID.to_owned(), if half { Data::Mixture } else { Data::Wanted });
-                Event::RolledBack
-            }
-            Effect::PutBack => {
-                self.may_change();
-                match status.method.unwrap() {
-                    Method::Swap => {
-                        let id = incoming.or_else(|| self.images.get(INCOMING).cloned());
-                        let own = status.incoming.as_ref().map_or(INCOMING, |image| image.name.as_str());
-                        // One that an earlier try removed is nowhere.
-                        let id = id.filter(|id| self.name_of(id).is_some());
-                        if let Some(id) = &id {
-                            self.give_name(id, own);
-                        }
-                        self.give_name(OLD_ID, LIVE);
-                        self.journal = live.unwrap().id.clone();
-                        if let Some(id) = id.filter(|_| !self.undo) {
-                            self.images.remove(INCOMING);
-                            if status.started {
-                                self.trash.insert(id);
-                            }
-                        }
-                    }
-                    Method::Rollback => {
-                        if status.safety_snapshot.is_some() {
-                            self.data.insert(OLD_ID.to_owned(), self.snapshots[SAFETY]);
-                        } else {
-                            self.snapshots.remove(SAFETY);
-                        }
-                    }
-                }
-                Event::PutBack
-            }
+            Effect::Prepare => Event::Prepared(prepared),
+            Effect::SetAside => Event::SetAside,
+            Effect::Place => Event::Placed,
+            Effect::Book => Event::Booked,
+            Effect::Safeguard => Event::Safeguarded(safeguarded),
+            Effect::RollBack => Event::RolledBack,
+            Effect::PutBack => Event::PutBack,
             Effect::Start { replicas } => {
-                let id = &self.images[LIVE];
-                assert_ne!(self.data[id], Data::Mixture, "started on a mixture");
-                assert_eq!(self.journal, *id, "started before ceph-csi knew the image");
+                let holds = self.holds();
+                let one_state =
+                    [Data::Current, Data::Wanted].iter().any(|data| holds.iter().all(|d| d == data));
+                assert!(one_state, "started on a mixture: {holds:?}");
+                for volume in (0..self.volumes).map(live) {
+                    assert_eq!(
+                        self.journal[&volume], self.images[&volume],
+                        "started before ceph-csi knew the image"
+                    );
+                }
                 assert!(self.gate.is_some(), "started with the gate open");
                 self.replicas = *replicas;
                 Event::Started
@@ -308,6 +363,76 @@ impl World {
             }
         })
     }
+
+    fn prepare(&mut self, piece: &Piece<'_>, half: bool) -> ImageRecord {
+        if self.undo {
+            return piece.incoming.unwrap().clone();
+        }
+        self.may_change();
+        let name = new(&piece.image.name);
+        self.images.remove(&name);
+        self.made += 1;
+        let id = format!("new-{}", self.made);
+        self.images.insert(name.clone(), id.clone());
+        self.data.insert(id.clone(), if half { Data::Mixture } else { Data::Wanted });
+        image(&name, &id)
+    }
+
+    /// What the shell does before it writes the journal: the name must mean that image.
+    fn note(&mut self, piece: &Piece<'_>, id: &str) {
+        self.may_change();
+        assert_eq!(
+            self.images[&piece.image.name], id,
+            "the journal is told of an image that is not in place"
+        );
+        self.journal.insert(piece.image.name.clone(), id.to_owned());
+    }
+
+    fn safeguard(&mut self, piece: &Piece<'_>) -> SnapshotRecord {
+        self.may_change();
+        let data = self.data[&piece.image.id];
+        self.snapshots.entry(piece.image.id.clone()).or_insert(data);
+        SnapshotRecord { name: SAFETY.to_owned(), id: 9, size: 1 << 30 }
+    }
+
+    /// Overwrites the image.
+    fn roll_back(&mut self, piece: &Piece<'_>, data: Data, half: bool) {
+        self.may_change();
+        let safe = (0..self.volumes).all(|volume| self.snapshots.contains_key(&old(volume)));
+        assert!(safe, "overwritten before there is a safety snapshot of each image");
+        self.data.insert(piece.image.id.clone(), if half { Data::Mixture } else { data });
+    }
+
+    fn put_back(&mut self, piece: &Piece<'_>, status: &RestoreStatus, half: bool) {
+        self.may_change();
+        if status.method.unwrap() == Method::Rollback {
+            if piece.safety_snapshot.is_some() {
+                self.roll_back(piece, self.snapshots[&piece.image.id], half);
+            } else {
+                self.snapshots.remove(&piece.image.id);
+            }
+            return;
+        }
+        let made = new(&piece.image.name);
+        let id = piece.incoming.map(|image| image.id.clone()).or_else(|| self.images.get(&made).cloned());
+        let own = piece.incoming.map_or(made.as_str(), |image| image.name.as_str());
+        // One that an earlier try removed is nowhere.
+        let id = id.filter(|id| self.name_of(id).is_some());
+        if let Some(id) = &id {
+            self.give_name(id, own);
+        }
+        self.give_name(&piece.image.id, &piece.image.name);
+        if half {
+            return;
+        }
+        self.note(piece, &piece.image.id);
+        if let Some(id) = id.filter(|_| !self.undo) {
+            self.images.remove(&made);
+            if status.started {
+                self.trash.insert(id);
+            }
+        }
+    }
 }
 
 /// What happens to the process at an effect, counted in effects.
@@ -315,12 +440,20 @@ impl World {
 enum Blow {
     /// It dies before it performs it.
     Before(usize),
-    /// It dies in the middle of it.
-    Within(usize),
+    /// It dies in the middle of it, at the image of the second number.
+    Within(usize, usize),
     /// It dies after it, before the event is written down.
     After(usize),
     /// It lives, and somebody asks to put everything back.
     Undo(usize),
+}
+
+impl Blow {
+    /// Every way to die at the effect `at`.
+    fn deaths(at: usize, world: &World) -> impl Iterator<Item = Self> + use<> {
+        let within = (0..world.volumes).map(move |image| Self::Within(at, image));
+        [Self::Before(at), Self::After(at)].into_iter().chain(within)
+    }
 }
 
 /// Runs to the end under `blows`; returns the final status and the number of effects performed.
@@ -349,9 +482,12 @@ fn run_from(
             event = Event::Resumed;
             continue;
         }
-        let half = blows.contains(&Blow::Within(at));
-        let answer = world.perform(effect, &written, order, half);
-        if half || blows.contains(&Blow::After(at)) {
+        let dies_at = blows.iter().find_map(|blow| match blow {
+            Blow::Within(effect, image) if *effect == at => Some(*image),
+            _ => None,
+        });
+        let answer = world.perform(effect, &written, order, dies_at);
+        if dies_at.is_some() || blows.contains(&Blow::After(at)) {
             written = read_again(&written);
             event = Event::Resumed;
             continue;
@@ -389,35 +525,53 @@ fn check(order: &Order, status: &RestoreStatus, world: &World) {
     }
     assert_eq!(world.gate, None, "{:?} with the gate closed", status.phase);
     assert_eq!(world.replicas, world.replicas_in(status.phase));
-    let live = &world.images[LIVE];
-    assert_eq!(world.journal, *live, "ceph-csi would delete another image than the one in place");
+    for volume in (0..world.volumes).map(live) {
+        let (told, in_place) = (&world.journal[&volume], &world.images[&volume]);
+        assert_eq!(told, in_place, "ceph-csi would delete another image than the one in place");
+    }
     match status.phase {
         Phase::Completed => {
-            assert_eq!(world.data[live], Data::Wanted);
+            assert!(world.holds().iter().all(|data| *data == Data::Wanted), "{:?}", world.holds());
             assert!(status.failure.is_none());
-            match order.method {
-                Method::Swap => {
-                    let safety = status.safety_image.as_ref().unwrap();
-                    assert_eq!((safety.name.as_str(), safety.id.as_str()), (ASIDE, OLD_ID));
-                    assert_eq!(world.images[ASIDE], OLD_ID, "the safety copy is gone");
-                    assert_eq!(world.data[OLD_ID], Data::Current);
-                    assert_eq!(world.images.len(), 2, "an image is left over: {:?}", world.images);
-                }
-                Method::Rollback => {
-                    assert_eq!(world.snapshots[SAFETY], Data::Current, "the safety copy is wrong");
-                    assert_eq!(status.safety_snapshot.as_ref().unwrap().name, SAFETY);
-                }
-            }
+            check_safety_copies(order, status, world);
         }
         Phase::Failed => {
-            assert_eq!(*live, OLD_ID);
-            assert_eq!(world.data[OLD_ID], Data::Current, "the data is not what it was");
+            assert!(world.holds().iter().all(|data| *data == Data::Current), "the data is not what it was");
             let failure = status.failure.as_ref().unwrap();
             assert!(!failure.reason.is_empty() && !failure.cure.is_empty());
-            assert!(!world.images.contains_key(INCOMING) && !world.images.contains_key(ASIDE));
+            for (volume, name) in (0..world.volumes).map(|volume| (volume, live(volume))) {
+                assert_eq!(world.images[&name], old(volume));
+            }
+            let wanted = if world.undo { 2 } else { 1 };
+            assert_eq!(world.images.len(), wanted * world.volumes, "one is left over: {:?}", world.images);
         }
         other => panic!("{other:?} is no end"),
     }
+}
+
+/// What an undo needs is there for every image, and stands in the record.
+fn check_safety_copies(order: &Order, status: &RestoreStatus, world: &World) {
+    let recorded: Vec<_> = std::iter::once((&status.safety_image, &status.safety_snapshot))
+        .chain(status.parts.iter().map(|part| (&part.safety_image, &part.safety_snapshot)))
+        .collect();
+    assert_eq!(recorded.len(), world.volumes);
+    for (volume, (safety_image, safety_snapshot)) in recorded.into_iter().enumerate() {
+        let (aside, old) = (aside(&live(volume)), old(volume));
+        match order.method {
+            Method::Swap => {
+                let safety = safety_image.as_ref().unwrap();
+                assert_eq!((&safety.name, &safety.id), (&aside, &old));
+                assert_eq!(world.images[&aside], old, "the safety copy is gone");
+                assert_eq!(world.data[&old], Data::Current);
+            }
+            Method::Rollback => {
+                assert_eq!(world.snapshots[&old], Data::Current, "the safety copy is wrong");
+                assert_eq!(safety_snapshot.as_ref().unwrap().name, SAFETY);
+            }
+        }
+    }
+    let images = if order.method == Method::Swap { 2 } else { 1 };
+    assert_eq!(world.images.len(), images * world.volumes, "one is left over: {:?}", world.images);
 }
 
 fn orders() -> [Order; 3] {
@@ -453,7 +607,7 @@ fn a_death_at_any_point_ends_the_same() {
         for world in World::all(&order) {
             let (_, effects) = run(&order, &mut world.clone(), &[]);
             for at in 0..effects {
-                for blow in [Blow::Before(at), Blow::Within(at), Blow::After(at)] {
+                for blow in Blow::deaths(at, &world) {
                     let mut world = world.clone();
                     let (status, _) = run(&order, &mut world, &[blow]);
                     check(&order, &status, &world);
@@ -469,8 +623,8 @@ fn a_failure_at_any_point_is_tried_again() {
     for order in orders() {
         for world in World::all(&order) {
             let (_, effects) = run(&order, &mut world.clone(), &[]);
-            for failing in 0..effects - 1 {
-                let mut world = world.clone();
+            for (failing, mut world) in (0..effects - 1).flat_map(|at| world.failing().map(move |w| (at, w)))
+            {
                 world.script = (0..=failing).map(|i| i == failing).collect();
                 let (status, _) = run(&order, &mut world, &[]);
                 check(&order, &status, &world);
@@ -486,8 +640,7 @@ fn what_fails_for_good_is_put_back_or_stuck_and_can_be_retried_and_undone() {
         orders().iter().flat_map(|order| World::all(order).into_iter().map(move |w| (order, w)))
     {
         let (_, effects) = run(order, &mut fresh.clone(), &[]);
-        for failing in 0..effects - 1 {
-            let mut world = fresh.clone();
+        for (failing, mut world) in (0..effects - 1).flat_map(|at| fresh.failing().map(move |w| (at, w))) {
             let tries = PHASE_RETRIES_MAX.max(ATTEMPTS_MAX) as usize + 1;
             world.script = (0..failing + tries).map(|i| i >= failing).collect();
             let (status, _) = run(order, &mut world, &[]);
@@ -525,7 +678,7 @@ fn an_undo_asked_at_any_point_puts_everything_back_even_when_it_dies_there() {
                 };
                 assert_eq!(status.phase, Phase::Failed, "{order:?} {at}");
                 for second in at + 1..performed {
-                    for blow in [Blow::Before(second), Blow::After(second)] {
+                    for blow in Blow::deaths(second, &world) {
                         let mut world = world.clone();
                         let (status, _) = run(&order, &mut world, &[Blow::Undo(at), blow]);
                         check(&order, &status, &world);
@@ -540,16 +693,17 @@ fn an_undo_asked_at_any_point_puts_everything_back_even_when_it_dies_there() {
 #[test]
 fn a_clone_that_was_written_to_is_kept_when_it_is_put_back() {
     let order = swap();
-    let mut world = World { silent: u32::MAX, ..World::new(&order) };
+    let mut world = World { silent: u32::MAX, ..World::several(&order) };
     let (status, _) = run(&order, &mut world, &[]);
     check(&order, &status, &world);
     assert_eq!(status.phase, Phase::Stuck);
-    let clone = world.images[LIVE].clone();
+    let clones: Vec<String> = (0..SEVERAL).map(|volume| world.images[&live(volume)].clone()).collect();
     let undo = Event::Asked(Request::Undo { token: "undo/1".to_owned() });
     let (status, _) = run_from(&order, &mut world, status, undo, &[]);
     check(&order, &status, &world);
     assert_eq!(status.phase, Phase::Failed);
-    assert!(world.trash.contains(&clone), "what was written while it answered is lost");
+    let kept = clones.iter().all(|clone| world.trash.contains(clone));
+    assert!(kept, "what was written while it answered is lost");
 }
 
 #[test]
@@ -587,7 +741,7 @@ fn a_restart_does_not_prolong_the_wait() {
 #[test]
 fn a_stopped_database_stays_stopped() {
     let order = swap();
-    let mut world = World::stopped(&order);
+    let mut world = World::new(&order).stopped();
     let (status, _) = run(&order, &mut world, &[]);
     check(&order, &status, &world);
     assert_eq!((status.phase, status.started), (Phase::Completed, false));
@@ -597,19 +751,35 @@ fn a_stopped_database_stays_stopped() {
 #[test]
 fn a_copy_is_started_and_an_undo_of_it_stops_it_again() {
     let order = swap();
-    let mut world = World::beside(&order);
+    let mut world = World::new(&order).beside();
     let (status, _) = run(&order, &mut world, &[]);
     check(&order, &status, &world);
     assert_eq!((status.phase, status.started, world.replicas), (Phase::Completed, true, 1));
     assert!(status.conditions.iter().any(|condition| condition.reason == "Sql"));
 
     let order = undo_of_swap();
-    let mut world = World::beside(&order);
+    let mut world = World::new(&order).beside();
     let (status, _) = run(&order, &mut world, &[]);
     check(&order, &status, &world);
     assert_eq!((status.phase, status.started, world.replicas), (Phase::Completed, false, 0));
     let stopped = status.conditions.iter().find(|condition| condition.reason == "Stopped").unwrap();
     assert!(stopped.message.contains("as it was before the restore"), "{stopped:?}");
+}
+
+#[test]
+fn what_is_said_of_another_number_of_images_is_refused() {
+    let order = swap();
+    let world = World::several(&order);
+    let facts = world.facts(&order);
+    let status = |phase| RestoreStatus { phase, parts: facts.parts.clone(), ..RestoreStatus::default() };
+    let snapshot = SnapshotRecord { name: SAFETY.to_owned(), id: 9, size: 1 << 30 };
+    for (phase, event) in [
+        (Phase::Preparing, Event::Prepared(vec![image("i", "1"), image("j", "2")])),
+        (Phase::Safeguarding, Event::Safeguarded(vec![snapshot])),
+    ] {
+        let error = next(&order, &status(phase), event, created()).unwrap_err();
+        assert_eq!(error.phase, phase);
+    }
 }
 
 #[test]
@@ -647,9 +817,9 @@ fn an_impossible_event_is_an_error_and_not_a_step() {
 }
 
 fn any_blow() -> impl Strategy<Value = Blow> {
-    (0_usize..60, 0_u8..4).prop_map(|(at, kind)| match kind {
+    (0_usize..60, 0_u8..4, 0..SEVERAL).prop_map(|(at, kind, image)| match kind {
         0 => Blow::Before(at),
-        1 => Blow::Within(at),
+        1 => Blow::Within(at, image),
         2 => Blow::After(at),
         _ => Blow::Undo(at),
     })
@@ -662,12 +832,14 @@ fn a_death_anywhere_and_failures_without_end_after_it_leave_nothing_unsaid() {
     for order in orders() {
         for world in World::all(&order) {
             let (_, effects) = run(&order, &mut world.clone(), &[]);
-            for death in 0..effects {
+            for (death, image) in (0..effects).flat_map(|at| (0..world.volumes).map(move |image| (at, image)))
+            {
                 for good in 0..=effects {
                     let mut world = world.clone();
+                    world.done_at_failure = image;
                     world.script = std::iter::repeat_n(false, good).collect();
                     world.script.extend(std::iter::repeat_n(true, WITHOUT_END));
-                    let (status, _) = run(&order, &mut world, &[Blow::Within(death)]);
+                    let (status, _) = run(&order, &mut world, &[Blow::Within(death, image)]);
                     check(&order, &status, &world);
                 }
             }
@@ -682,6 +854,7 @@ proptest! {
         standing in any::<proptest::sample::Index>(),
         unproven in 0_u32..4,
         silent in 0_u32..4,
+        done_at_failure in 0..SEVERAL,
         script in proptest::collection::vec(any::<bool>(), 0..30),
         blows in proptest::collection::vec(any_blow(), 0..5),
     ) {
@@ -690,6 +863,7 @@ proptest! {
         let mut world = worlds[standing.index(worlds.len())].clone();
         world.unproven = unproven;
         world.silent = silent;
+        world.done_at_failure = done_at_failure;
         world.script = script.into();
         let (status, _) = run(&order, &mut world, &blows);
         check(&order, &status, &world);

@@ -150,7 +150,7 @@ pub struct RestoreStatus {
     /// How.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub method: Option<Method>,
-    /// The volume that is restored.
+    /// The volume that is restored: the one with the data directory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub volume: Option<VolumeRecord>,
     /// The image that was in place before.
@@ -178,6 +178,9 @@ pub struct RestoreStatus {
     /// Rollback: the safety copy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub safety_snapshot: Option<SnapshotRecord>,
+    /// The further volumes of the database that are restored with it; empty where it lies on one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<RestoredPart>,
     /// Until when the safety copy is kept in any case.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub safety_until: Option<Timestamp>,
@@ -242,6 +245,34 @@ pub struct Source {
     /// The snapshot; absent where the whole image is the source.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<SnapshotRecord>,
+}
+
+/// A volume that is restored beside the one with the data directory: the same fields that the status has for that.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RestoredPart {
+    /// The name of the pod's volume that it is mounted by.
+    pub name: String,
+    /// The volume.
+    pub volume: VolumeRecord,
+    /// The image that was in place before.
+    pub image: ImageRecord,
+    /// Its size in bytes; the restored image is grown to it.
+    pub size: u64,
+    /// The image that is restored, by the name it had in the preflight.
+    pub source_image: ImageRecord,
+    /// Its snapshot; absent where the whole image is the source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_snapshot: Option<SnapshotRecord>,
+    /// Swap: the image that takes the place, under the name it has while it is made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub incoming: Option<ImageRecord>,
+    /// Swap: the safety copy, under the name it is set aside with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub safety_image: Option<ImageRecord>,
+    /// Rollback: the safety copy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub safety_snapshot: Option<SnapshotRecord>,
 }
 
 /// The volume that is restored.

@@ -14,7 +14,7 @@ use kube::{Api, ResourceExt as _};
 use serde_json::json;
 
 use super::preflight::{no_backup_runs, pod_name};
-use super::{Restore, known, transient};
+use super::{Restore, pieces, transient};
 use crate::effects::of_ceph;
 use crate::effects::preflight::{
     DATABASE, claim_of_template, credentials, database_container, of_kubernetes, port, strange,
@@ -113,29 +113,33 @@ impl Restore<'_> {
         }
     }
 
-    /// Looks whether anybody can still write to the volume.
+    /// Looks whether anybody can still write to one of the volumes.
     pub(super) async fn prove(&mut self, status: &RestoreStatus) -> Result<Event, Problem> {
-        let volume = known(&status.volume, "volume")?;
-        let image = known(&status.image, "image")?;
-        let mut proofs = vec![self.no_pod(&volume.claim).await?, self.no_attachment(&volume.volume).await?];
+        let pieces = pieces(status)?;
+        let claims: Vec<&str> = pieces.iter().map(|piece| piece.volume.claim.as_str()).collect();
+        let volumes: Vec<&str> = pieces.iter().map(|piece| piece.volume.volume.as_str()).collect();
+        let mut proofs = vec![self.no_pod(&claims).await?, self.no_attachment(&volumes).await?];
         let ceph = self.ceph().await?;
-        // On the way back the volume may go by either image.
+        // On the way back each volume may go by either image.
         let mut images = Vec::new();
-        for record in std::iter::once(image).chain(&status.incoming) {
-            match ceph.image_by_id(record).await {
-                Ok(found) => images.push((record, found)),
-                // An image that is gone with its volume, or was put back, has no writer.
-                Err(error) if error.is_not_found() && (status.going_back || record.id != image.id) => {}
-                Err(error) => return Err(of_ceph(error)),
+        for piece in &pieces {
+            for record in std::iter::once(piece.image).chain(piece.incoming) {
+                let in_place = record.id == piece.image.id;
+                match ceph.image_by_id(record).await {
+                    Ok(found) => images.push((record, in_place, found)),
+                    // An image that is gone with its volume, or was put back, has no writer.
+                    Err(error) if error.is_not_found() && (status.going_back || !in_place) => {}
+                    Err(error) => return Err(of_ceph(error)),
+                }
             }
         }
         let mut watchers = Vec::new();
         let mut locks = Vec::new();
-        for (record, found) in images {
+        for (record, in_place, found) in images {
             let spec = ImageRecord { name: found.name, ..record.clone() }.spec();
             let open = ceph.watchers(&spec).await.map_err(of_ceph)?;
             watchers.extend(open.into_iter().map(|watcher| format!("{spec} is open on {}", watcher.address)));
-            if self.needs_lock(status, record) {
+            if self.needs_lock(status, in_place) {
                 let owners = ceph.lock_owners(&spec).await.map_err(of_ceph)?;
                 locks.extend(
                     owners.into_iter().map(|owner| format!("{spec} is locked by {owner}, which is gone")),
@@ -148,45 +152,46 @@ impl Restore<'_> {
         Ok(if proven { Event::Proven(proofs) } else { Event::Unproven(proofs) })
     }
 
-    /// Whether a lock that a client has left on the image stands in the way. Renaming an image takes its lock, as rolling
-    /// it back does, and such a client may only be cut off: it has to be fenced before its lock may be broken, which
-    /// takes a right that we do not have. Once we have written ourselves, a lock that is left is our own.
-    fn needs_lock(&self, status: &RestoreStatus, image: &ImageRecord) -> bool {
-        let in_place = status.image.as_ref().is_some_and(|found| found.id == image.id);
+    /// Whether a lock that a client has left on an image stands in the way; `in_place` says whether it was the volume's
+    /// before the restore. Renaming an image takes its lock, as rolling it back does, and such a client may only be cut off:
+    /// it has to be fenced before its lock may be broken, which takes a right that we do not have. Once we have written
+    /// ourselves, a lock that is left is our own.
+    fn needs_lock(&self, status: &RestoreStatus, in_place: bool) -> bool {
         let undo = matches!(self.order.goal, Goal::Undo(_));
         !status.going_back && status.safety_snapshot.is_none() && (in_place || undo)
     }
 
-    async fn no_pod(&self, claim: &str) -> Result<Proof, Problem> {
+    async fn no_pod(&self, claims: &[&str]) -> Result<Proof, Problem> {
         let namespace = self.namespace();
         let pods = Api::<Pod>::namespaced(self.cx.kubernetes.client().clone(), &namespace);
         let attempt = format!("list the pods of {namespace}");
         let all =
             call(attempt, pods.list(&ListParams::default())).await.map_err(|error| of_kubernetes(&error))?;
-        let uses = |pod: &&Pod| {
-            let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
-            let mut claims = volumes.filter_map(|volume| volume.persistent_volume_claim.as_ref());
+        let found = all.items.iter().filter(|pod| {
             let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
-            claims.any(|used| used.claim_name == claim) && !matches!(phase, Some("Succeeded" | "Failed"))
-        };
-        let found = all.items.iter().filter(uses).map(|pod| {
+            !matches!(phase, Some("Succeeded" | "Failed"))
+        });
+        let found = found.flat_map(|pod| {
             let going = if pod.metadata.deletion_timestamp.is_some() { "is still going" } else { "runs" };
-            format!("the pod {} uses the claim {claim} and {going}", pod.name_any())
+            let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
+            let used = volumes.filter_map(|volume| volume.persistent_volume_claim.as_ref());
+            used.filter(|used| claims.contains(&used.claim_name.as_str())).map(move |used| {
+                format!("the pod {} uses the claim {} and {going}", pod.name_any(), used.claim_name)
+            })
         });
         Ok(proof("no pod uses the claim", found.collect(), "no pod"))
     }
 
-    async fn no_attachment(&self, volume: &str) -> Result<Proof, Problem> {
+    async fn no_attachment(&self, volumes: &[&str]) -> Result<Proof, Problem> {
         let api = Api::<VolumeAttachment>::all(self.cx.kubernetes.client().clone());
         let all = call("list the VolumeAttachments", api.list(&ListParams::default())).await;
         let all = all.map_err(|error| of_kubernetes(&error))?;
-        let found = all
-            .items
-            .iter()
-            .filter(|attachment| attachment.spec.source.persistent_volume_name.as_deref() == Some(volume))
-            .map(|attachment| {
-                format!("the volume {volume} is attached to the node {}", attachment.spec.node_name)
-            });
+        let attached = all.items.iter().filter_map(|attachment| {
+            let volume = attachment.spec.source.persistent_volume_name.as_deref()?;
+            Some((volume, &attachment.spec.node_name))
+        });
+        let found = attached.filter(|(volume, _)| volumes.contains(volume));
+        let found = found.map(|(volume, node)| format!("the volume {volume} is attached to the node {node}"));
         Ok(proof("the volume is attached to no node", found.collect(), "no attachment"))
     }
 

@@ -1,23 +1,21 @@
-//! The preflight of a restore: from the StatefulSet to its image, and from the wish to the snapshot or safety copy that
-//! is to take its place. Only reads.
+//! The preflight of a restore: from the StatefulSet to its images, one for each that the backup or safety copy holds
+//! ([`super::source`]). Only reads.
 
 use howdah_adapters::ceph::{Ceph, ImageInfo};
 use howdah_adapters::kubernetes::{call, find};
-use howdah_adapters::records::{PostgresBackup, PostgresRestore};
-use howdah_core::backup::{ImageRecord, Phase as BackupPhase, Problem, SnapshotRecord};
-use howdah_core::restore::{
-    CHAIN_MAX, Candidate, Facts, Goal, JournalRecord, Method, Newcomer, Phase, RestoreStatus, Source,
-    VolumeRecord, choose, fits,
-};
+use howdah_adapters::records::PostgresBackup;
+use howdah_core::backup::{ImageRecord, Phase as BackupPhase, Problem};
+use howdah_core::restore::{Facts, JournalRecord, Method, RestoredPart, Source, VolumeRecord};
 use howdah_core::volume::RbdVolume;
-use howdah_core::{lineage, names, preflight};
-use jiff::{SignedDuration, Timestamp};
+use howdah_core::{names, preflight};
+use jiff::SignedDuration;
 use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 use kube::api::ListParams;
 use kube::{Api, ResourceExt as _};
 
-use super::{Restore, known, permanent, transient};
+use super::source::Wanted;
+use super::{Restore, permanent, transient};
 use crate::effects::of_ceph;
 use crate::effects::preflight::{
     claim_of_template, database_container, first_ordinal, host_ips, ip_of, of_kubernetes, of_resolve, places,
@@ -27,29 +25,27 @@ use crate::effects::preflight::{
 /// What a pod gets where its template says nothing.
 const DEFAULT_GRACE_S: i64 = 30;
 
-/// What takes the place, and how.
-struct Chosen {
-    source: Source,
-    method: Method,
-    incoming: Option<ImageRecord>,
-    /// What `spec.replicas` is to be in the end, if not what it was.
-    replicas_after: Option<i32>,
+/// A volume that gets data.
+pub(super) struct InPlace {
+    pub(super) claim: String,
+    pub(super) volume: String,
+    pub(super) journal: Option<JournalRecord>,
+    pub(super) image: ImageRecord,
+    pub(super) info: ImageInfo,
 }
 
-/// What gets the data.
-struct InPlace<'a> {
-    name: &'a str,
-    replicas: i32,
-    claim: &'a str,
-    image: &'a ImageRecord,
-    info: &'a ImageInfo,
+/// The StatefulSet that gets the data.
+#[derive(Clone, Copy)]
+pub(super) struct Target<'a> {
+    pub(super) name: &'a str,
+    pub(super) replicas: i32,
+    pub(super) pod: Option<&'a Pod>,
 }
 
 impl Restore<'_> {
     /// Finds out whether, what and how can be restored now.
     pub(super) async fn preflight(&mut self) -> Result<Facts, Problem> {
         self.ceph = None;
-        let namespace = self.namespace();
         let database = self.database().await?;
         let name = database.name_any();
         self.gate_fits(&database)?;
@@ -67,41 +63,44 @@ impl Restore<'_> {
         let template = spec.template.spec.as_ref().ok_or_else(|| strange("the template has no pod spec"))?;
         let claim_name = |volume: &str| claim_of_template(&database, template, volume);
         let (container, mounts) = database_container(template, &claim_name)?;
-        let claim = preflight::claims(&mounts, &places(container, None))?.data;
-        let volume = self.cx.kubernetes.rbd_volume(&namespace, &claim).await;
-        let volume = volume.map_err(|error| of_resolve(&error))?;
-        preflight::volume_fit(&volume, false)?;
+        let of_data = preflight::claims(&mounts, &places(container, None))?.data;
 
+        let wanted = self.wanted(&name, &backups).await?;
         let ceph = self.ceph().await?;
-        let info = ceph.info(&volume.image_spec()).await.map_err(of_ceph)?;
-        let image = ImageRecord {
-            pool: volume.pool.clone(),
-            rados_namespace: volume.rados_namespace.clone(),
-            name: volume.image.clone(),
-            id: info.id.clone(),
-        };
-        let pod = self.only_the_pod_writes(&ceph, &database, &image).await?;
-        let journal = journal_of(&ceph, &volume).await?;
-        let in_place = InPlace { name: &name, replicas, claim: &claim, image: &image, info: &info };
-        let chosen = match self.order.goal.clone() {
-            Goal::Undo(restore) => self.safety_copy(&ceph, &restore, &image).await?,
-            goal if self.record.spec.into.is_some() => {
-                self.backup_of_another(&ceph, &goal, &backups, &in_place, pod.as_ref()).await?
-            }
-            goal => self.backup(&ceph, &goal, &backups, &image).await?,
-        };
+        let pod = self.pod(&database).await?;
+        let mut in_place = Vec::new();
+        for kept in &wanted.kept {
+            let claim = match &kept.volume {
+                None => of_data.clone(),
+                Some(volume) => claim_of_part(&database, template, container, &wanted.noun(), volume)?,
+            };
+            let found = self.in_place(&ceph, claim).await?;
+            only_the_pod_writes(&ceph, &pod_name(&database), pod.as_ref(), &found.image).await?;
+            in_place.push(found);
+        }
+        all_differ(&in_place)?;
+
+        let target = Target { name: &name, replicas, pod: pod.as_ref() };
+        let mut parts = Vec::new();
+        for (kept, in_place) in wanted.kept.iter().zip(in_place) {
+            let source = self.source_of(&ceph, &wanted, kept, &in_place, target).await?;
+            // What a swap set aside takes its place again as it is.
+            let incoming = (kept.left.is_some() && wanted.method == Method::Swap).then(|| source.clone());
+            let InPlace { claim, volume, journal, image, info } = in_place;
+            parts.push(RestoredPart {
+                name: kept.volume.clone().unwrap_or_default(),
+                volume: VolumeRecord { claim, volume, journal },
+                image,
+                size: info.size,
+                source_image: source,
+                source_snapshot: kept.snapshot.clone(),
+                incoming,
+                safety_image: None,
+                safety_snapshot: None,
+            });
+        }
         let grace = template.termination_grace_period_seconds.unwrap_or(DEFAULT_GRACE_S);
-        Ok(Facts {
-            source: chosen.source,
-            method: chosen.method,
-            volume: VolumeRecord { claim, volume: volume.volume, journal },
-            image,
-            size: info.size,
-            replicas,
-            replicas_after: chosen.replicas_after,
-            grace: SignedDuration::from_secs(grace),
-            incoming: chosen.incoming,
-        })
+        facts_of(wanted, parts, replicas, SignedDuration::from_secs(grace))
     }
 
     /// The StatefulSet as it is now, if it is the one that is meant and howdah protects it.
@@ -152,196 +151,113 @@ impl Restore<'_> {
         Ok(list.map_err(|error| of_kubernetes(&error))?.items)
     }
 
-    /// The pod, if there is one and the image is open on its node alone; without one it must be open on none.
-    async fn only_the_pod_writes(
-        &self,
-        ceph: &Ceph,
-        database: &StatefulSet,
-        image: &ImageRecord,
-    ) -> Result<Option<Pod>, Problem> {
+    /// The pod of the database, if there is one.
+    async fn pod(&self, database: &StatefulSet) -> Result<Option<Pod>, Problem> {
         let (namespace, name) = (self.namespace(), pod_name(database));
         let pods = Api::<Pod>::namespaced(self.cx.kubernetes.client().clone(), &namespace);
         let pod = find(format!("get the pod {namespace}/{name}"), &pods, &name).await;
-        let pod = pod.map_err(|error| of_kubernetes(&error))?;
-        let watchers = ceph.watchers(&image.spec()).await.map_err(of_ceph)?;
-        let addresses: Vec<String> = watchers.iter().map(|watcher| ip_of(&watcher.address)).collect();
-        match &pod {
-            Some(pod) => preflight::watchers_fit(&name, &host_ips(pod), &addresses)?,
-            // A lock that is left matters where the image is written to; that is judged with the proofs.
-            None => preflight::at_rest(&image.spec(), &addresses, &[])?,
-        }
-        Ok(pod)
+        pod.map_err(|error| of_kubernetes(&error))
     }
 
-    /// The backup that is meant, if it lies in this image or in one that it took the place of.
-    async fn backup(
-        &self,
-        ceph: &Ceph,
-        goal: &Goal,
-        backups: &[PostgresBackup],
-        image: &ImageRecord,
-    ) -> Result<Chosen, Problem> {
-        let chosen = self.choose(goal, backups)?;
-        let (name, recorded) = (&chosen.name, known(&chosen.image, "image")?);
-        let source = if recorded.id == image.id {
-            image.clone()
-        } else {
-            let metadata = ceph.metadata(&image.spec()).await.map_err(of_ceph)?;
-            if !lineage::ids(&metadata).contains(&recorded.id) || recorded.pool != image.pool {
-                return Err(permanent(
-                    format!(
-                        "the backup {name} is of another volume: it lies in the image with the id {}, and the claim's \
-                         image {} has the id {}",
-                        recorded.id, image.name, image.id
-                    ),
-                    "choose a backup that was taken since the volume was made",
-                ));
-            }
-            image_of(ceph, name, recorded).await?
+    /// The volume and the image behind a claim.
+    async fn in_place(&self, ceph: &Ceph, claim: String) -> Result<InPlace, Problem> {
+        let volume = self.cx.kubernetes.rbd_volume(&self.namespace(), &claim).await;
+        let volume = volume.map_err(|error| of_resolve(&error))?;
+        preflight::volume_fit(&volume, false)?;
+        let info = ceph.info(&volume.image_spec()).await.map_err(of_ceph)?;
+        let journal = journal_of(ceph, &volume).await?;
+        let image = ImageRecord {
+            pool: volume.pool,
+            rados_namespace: volume.rados_namespace,
+            name: volume.image,
+            id: info.id.clone(),
         };
-        let snapshot = snapshot_of(ceph, &chosen, &source).await?;
-        match self.order.method {
-            Method::Swap => can_be_cloned(ceph, &source).await?,
-            Method::Rollback if source.id != image.id => {
-                return Err(permanent(
-                    format!("the backup {name} lies in an image that an earlier restore set aside"),
-                    "an image is rolled back to its own snapshots only: use the method swap",
-                ));
-            }
-            Method::Rollback => {}
-        }
-        let source = source_of(chosen, source, snapshot);
-        Ok(Chosen { source, method: self.order.method, incoming: None, replicas_after: None })
-    }
-
-    /// The backup of another database that is meant, if what gets it never ran.
-    async fn backup_of_another(
-        &self,
-        ceph: &Ceph,
-        goal: &Goal,
-        backups: &[PostgresBackup],
-        in_place: &InPlace<'_>,
-        pod: Option<&Pod>,
-    ) -> Result<Chosen, Problem> {
-        let InPlace { name, replicas, claim, image, info } = *in_place;
-        let of = &self.record.spec.stateful_set;
-        if of == name {
-            return Err(permanent(
-                format!("spec.into names {name}, as spec.statefulSet does"),
-                "name another StatefulSet; to restore in place, leave into out",
-            ));
-        }
-        if self.order.method != Method::Swap {
-            return Err(permanent(
-                "spec.method is rollback, and spec.into names another StatefulSet",
-                "use the method swap: the image of the other one has no snapshot to be rolled back to",
-            ));
-        }
-        let chosen = self.choose(goal, backups)?;
-        let source = image_of(ceph, &chosen.name, known(&chosen.image, "image")?).await?;
-        let snapshot = snapshot_of(ceph, &chosen, &source).await?;
-        can_be_cloned(ceph, &source).await?;
-        let pod = pod.map(Pod::name_any);
-        let newcomer = Newcomer {
-            name,
-            replicas,
-            pod: pod.as_deref(),
-            claim,
-            image,
-            size: info.size,
-            used: ceph.used_bytes(&image.spec()).await.map_err(of_ceph)?,
-            snapshots: ceph.snapshots(&image.spec()).await.map_err(of_ceph)?.len(),
-            is_clone: info.parent.is_some(),
-        };
-        fits(&newcomer, &chosen.name, &source, snapshot.size)?;
-        let source = source_of(chosen, source, snapshot);
-        Ok(Chosen { source, method: Method::Swap, incoming: None, replicas_after: Some(1) })
-    }
-
-    fn choose(&self, goal: &Goal, backups: &[PostgresBackup]) -> Result<Candidate, Problem> {
-        let candidates: Vec<Candidate> = backups.iter().map(PostgresBackup::candidate).collect();
-        choose(goal, &self.record.spec.stateful_set, &candidates, Timestamp::now()).cloned()
-    }
-
-    /// What the restore that is to be undone kept, if that still fits what is in place.
-    async fn safety_copy(&self, ceph: &Ceph, name: &str, image: &ImageRecord) -> Result<Chosen, Problem> {
-        let attempt = format!("get the restore {}/{name}", self.namespace());
-        let found = find(attempt, &self.records(), name).await.map_err(|error| of_kubernetes(&error))?;
-        let undone: PostgresRestore =
-            found.ok_or_else(|| permanent(format!("there is no restore {name}"), "see kubectl get pgr"))?;
-        if undone.spec.target() != self.record.spec.target() {
-            return Err(permanent(
-                format!("the restore {name} is of the StatefulSet {}", undone.spec.target()),
-                "undo it there",
-            ));
-        }
-        let beside = undone.spec.into.is_some();
-        let status = undone.status.unwrap_or_default();
-        if status.phase != Phase::Completed {
-            return Err(permanent(
-                format!(
-                    "the restore {name} is {}: only a completed one is undone by another",
-                    status.phase.as_str()
-                ),
-                format!("ask it to go back by itself: kubectl howdah restore undo {name}"),
-            ));
-        }
-        let method = status.method.unwrap_or_default();
-        let before = known(&status.image, "image")?;
-        let in_place = match method {
-            Method::Swap => known(&status.incoming, "new image")?,
-            Method::Rollback => before,
-        };
-        if in_place.id != image.id {
-            return Err(permanent(
-                format!(
-                    "since the restore {name} another image took the place: it left the id {}, and now it is {}",
-                    in_place.id, image.id
-                ),
-                "undo the later restore first (kubectl get pgr)",
-            ));
-        }
-        let taken_at = status.started_at;
-        // A copy goes back to where it never ran; a database in place stays as it is, up or down.
-        let replicas_after = status.replicas.filter(|_| beside);
-        let source = |image: ImageRecord, snapshot| Source {
-            name: name.to_owned(),
-            taken_at,
-            consistency: None,
-            image,
-            snapshot,
-        };
-        match method {
-            Method::Swap => {
-                let found =
-                    ceph.image_by_id(before).await.map_err(|error| safety_gone(error, name, &status))?;
-                let kept = ImageRecord { name: found.name, ..before.clone() };
-                let source = source(kept.clone(), None);
-                Ok(Chosen { source, method, incoming: Some(kept), replicas_after })
-            }
-            Method::Rollback => {
-                let snapshot = known(&status.safety_snapshot, "safety snapshot")?;
-                let snapshots = ceph.snapshots(&image.spec()).await.map_err(of_ceph)?;
-                if !snapshots.iter().any(|found| found.by_user && found.id == snapshot.id) {
-                    return Err(gone(name, &status));
-                }
-                let source = source(image.clone(), Some(snapshot.clone()));
-                Ok(Chosen { source, method, incoming: None, replicas_after })
-            }
-        }
+        Ok(InPlace { claim, volume: volume.volume, journal, image, info })
     }
 }
 
-fn safety_gone(error: howdah_adapters::ceph::CephError, name: &str, status: &RestoreStatus) -> Problem {
-    if error.is_not_found() { gone(name, status) } else { of_ceph(error) }
+/// What the preflight answers; the first of `parts` is the image with the data directory.
+fn facts_of(
+    wanted: Wanted,
+    parts: Vec<RestoredPart>,
+    replicas: i32,
+    grace: SignedDuration,
+) -> Result<Facts, Problem> {
+    let Wanted { name, taken_at, consistency, method, replicas_after, .. } = wanted;
+    let mut parts = parts.into_iter();
+    let data = parts.next().ok_or_else(|| permanent("the backup names no image", "report this as a bug"))?;
+    let (image, snapshot) = (data.source_image, data.source_snapshot);
+    Ok(Facts {
+        source: Source { name, taken_at, consistency, image, snapshot },
+        method,
+        volume: data.volume,
+        image: data.image,
+        size: data.size,
+        replicas,
+        replicas_after,
+        grace,
+        incoming: data.incoming,
+        parts: parts.collect(),
+    })
 }
 
-fn gone(name: &str, status: &RestoreStatus) -> Problem {
-    let until = status.safety_until.map_or(String::new(), |until| format!(" (it was kept until {until})"));
-    permanent(
-        format!("the safety copy of the restore {name} is gone{until}"),
-        "restore a backup instead; an image may still be in the trash (rbd trash ls)",
-    )
+/// The claim of a further volume. It is found by the name that the pod had for it, which tells one tablespace from another.
+fn claim_of_part(
+    database: &StatefulSet,
+    template: &PodSpec,
+    container: &Container,
+    noun: &str,
+    volume: &str,
+) -> Result<String, Problem> {
+    let mounted = container.volume_mounts.iter().flatten().any(|mount| mount.name == volume);
+    let claim = claim_of_template(database, template, volume).filter(|_| mounted);
+    claim.ok_or_else(|| {
+        let (set, container) = (database.name_any(), &container.name);
+        permanent(
+            format!(
+                "{noun} holds the volume {volume}, and the container {container} of the StatefulSet {set} mounts no claim \
+                 of that name"
+            ),
+            "mount it as it was, or restore into a StatefulSet that has it",
+        )
+    })
+}
+
+/// Each volume must have an image of its own: what is restored to one would overwrite another.
+fn all_differ(volumes: &[InPlace]) -> Result<(), Problem> {
+    for (at, volume) in volumes.iter().enumerate() {
+        let before = volumes.iter().take(at).find(|before| before.image == volume.image);
+        if let Some(before) = before {
+            return Err(permanent(
+                format!(
+                    "the claims {} and {} lie in the same image {}",
+                    before.claim,
+                    volume.claim,
+                    volume.image.spec()
+                ),
+                "give each volume of the pod a claim of its own, as when the backup was taken",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Whether the image is open on the pod's node alone; without a pod it must be open on none.
+async fn only_the_pod_writes(
+    ceph: &Ceph,
+    name: &str,
+    pod: Option<&Pod>,
+    image: &ImageRecord,
+) -> Result<(), Problem> {
+    let spec = image.spec();
+    let watchers = ceph.watchers(&spec).await.map_err(of_ceph)?;
+    let addresses: Vec<String> = watchers.iter().map(|watcher| ip_of(&watcher.address)).collect();
+    match pod {
+        Some(pod) => preflight::watchers_fit(name, &host_ips(pod), &addresses)
+            .map_err(|problem| Problem { reason: format!("{} ({spec})", problem.reason), ..problem }),
+        // A lock that is left matters where the image is written to; that is judged with the proofs.
+        None => preflight::at_rest(&spec, &addresses, &[]),
+    }
 }
 
 /// A backup that has begun is waited for: it may have the database in backup mode.
@@ -357,42 +273,6 @@ pub(super) fn no_backup_runs(backups: &[PostgresBackup], database: &str) -> Resu
         )),
         None => Ok(()),
     }
-}
-
-/// The image that a backup lies in, by the name it has now.
-async fn image_of(ceph: &Ceph, backup: &str, recorded: &ImageRecord) -> Result<ImageRecord, Problem> {
-    let found = ceph.image_by_id(recorded).await.map_err(|error| match error.is_not_found() {
-        true => permanent(
-            format!("the image with the id {} that the backup {backup} lies in is gone", recorded.id),
-            "see whether it is in the trash (rbd trash ls), or choose another backup",
-        ),
-        false => of_ceph(error),
-    })?;
-    Ok(ImageRecord { name: found.name, ..recorded.clone() })
-}
-
-/// The snapshot of a backup, if it is there.
-async fn snapshot_of(
-    ceph: &Ceph,
-    backup: &Candidate,
-    image: &ImageRecord,
-) -> Result<SnapshotRecord, Problem> {
-    let snapshot = known(&backup.snapshot, "snapshot")?;
-    let snapshots = ceph.snapshots(&image.spec()).await.map_err(of_ceph)?;
-    let there =
-        snapshots.iter().any(|found| found.by_user && found.id == snapshot.id && found.name == snapshot.name);
-    if there {
-        return Ok(snapshot.clone());
-    }
-    Err(permanent(
-        format!("the snapshot {}@{} of the backup {} is gone", image.spec(), snapshot.name, backup.name),
-        "choose another backup",
-    ))
-}
-
-fn source_of(backup: Candidate, image: ImageRecord, snapshot: SnapshotRecord) -> Source {
-    let Candidate { name, taken_at, consistency, .. } = backup;
-    Source { name, taken_at, consistency, image, snapshot: Some(snapshot) }
 }
 
 pub(super) fn pod_name(database: &StatefulSet) -> String {
@@ -414,30 +294,74 @@ async fn journal_of(ceph: &Ceph, volume: &RbdVolume) -> Result<Option<JournalRec
     }))
 }
 
-/// Whether a node can map a clone of the image's snapshot.
-async fn can_be_cloned(ceph: &Ceph, image: &ImageRecord) -> Result<(), Problem> {
-    let mut info: ImageInfo = ceph.info(&image.spec()).await.map_err(of_ceph)?;
-    if !info.features.iter().any(|feature| feature == "layering") {
-        return Err(permanent(
-            format!("image {} lacks the feature layering, so its snapshots cannot be cloned", image.spec()),
-            "use the method rollback",
-        ));
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use howdah_core::backup::FailureKind;
+    use serde_json::json;
+
+    fn database() -> StatefulSet {
+        serde_json::from_value(json!({
+            "metadata": {"name": "db", "namespace": "shop"},
+            "spec": {
+                "serviceName": "db", "selector": {},
+                "template": {"spec": {
+                    "containers": [{"name": "postgres", "volumeMounts": [
+                        {"name": "data", "mountPath": "/data"}, {"name": "wal", "mountPath": "/wal"},
+                        {"name": "fast", "mountPath": "/fast"}, {"name": "tmp", "mountPath": "/tmp"}]}],
+                    "volumes": [{"name": "fast", "persistentVolumeClaim": {"claimName": "mine"}},
+                        {"name": "tmp", "emptyDir": {}}]
+                }},
+                "volumeClaimTemplates": [
+                    {"metadata": {"name": "data"}}, {"metadata": {"name": "wal"}}, {"metadata": {"name": "unused"}}]
+            }
+        }))
+        .unwrap()
     }
-    let mut depth = 1;
-    while let Some(parent) = &info.parent {
-        depth += 1;
-        if depth > CHAIN_MAX {
-            return Err(permanent(
-                format!("image {} is the end of a chain of {depth} clones already", image.spec()),
-                format!("stop the database and run: rbd flatten {}", image.spec()),
-            ));
-        }
-        match ceph.info(&parent.spec()).await {
-            Ok(next) => info = next,
-            // A parent in the trash opens by no name; the chain is at least as long as it was counted.
-            Err(error) if error.is_not_found() => break,
-            Err(error) => return Err(of_ceph(error)),
+
+    fn claim(volume: &str) -> Result<String, Problem> {
+        let database = database();
+        let template = database.spec.as_ref().unwrap().template.spec.as_ref().unwrap();
+        claim_of_part(&database, template, &template.containers[0], "the backup db-1", volume)
+    }
+
+    #[test]
+    fn a_further_volume_is_found_by_its_name_in_the_pod() {
+        assert_eq!(claim("wal").unwrap(), "wal-db-0");
+        assert_eq!(claim("fast").unwrap(), "mine");
+    }
+
+    #[test]
+    fn a_volume_that_the_database_has_no_claim_for_is_refused_by_name() {
+        // Not there, there and not mounted, and of another kind.
+        for volume in ["old", "unused", "tmp"] {
+            let problem = claim(volume).unwrap_err();
+            assert_eq!(problem.kind, FailureKind::Permanent);
+            let words = format!("the backup db-1 holds the volume {volume}, ");
+            assert!(problem.reason.contains(&words), "{}", problem.reason);
+            assert!(problem.cure.contains("mount it as it was"), "{}", problem.cure);
         }
     }
-    Ok(())
+
+    fn in_place(claim: &str, image: &str) -> InPlace {
+        let image = ImageRecord {
+            pool: "p".to_owned(),
+            rados_namespace: String::new(),
+            name: image.to_owned(),
+            id: image.to_owned(),
+        };
+        let info = serde_json::from_value(json!({"id": image.id, "size": 1})).unwrap();
+        InPlace { claim: claim.to_owned(), volume: String::new(), journal: None, image, info }
+    }
+
+    #[test]
+    fn two_volumes_in_one_image_are_refused() {
+        assert_eq!(all_differ(&[in_place("data-db-0", "a"), in_place("wal-db-0", "b")]), Ok(()));
+        let volumes = [in_place("data-db-0", "a"), in_place("wal-db-0", "b"), in_place("mine", "a")];
+        let problem = all_differ(&volumes).unwrap_err();
+        assert!(
+            problem.reason.contains("the claims data-db-0 and mine lie in the same image p/a"),
+            "{problem:?}"
+        );
+    }
 }

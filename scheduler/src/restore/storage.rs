@@ -1,5 +1,5 @@
 //! What a restore does in Ceph. Every step may be repeated: images are found by their ids, made images bear names of the
-//! record's own.
+//! record's own. Each step is written for one image, and ends when it was done to all that the database lies in.
 
 use std::collections::BTreeMap;
 
@@ -7,22 +7,34 @@ use howdah_adapters::ceph::{Ceph, CephError, IMAGE_ID_KEY};
 use howdah_core::backup::{ImageRecord, Problem, SnapshotRecord};
 use howdah_core::lineage::{self, Predecessor};
 use howdah_core::names;
-use howdah_core::restore::{Event, Goal, Method, RestoreStatus};
+use howdah_core::restore::{Event, Goal, Method, Piece, RestoreStatus};
 
-use super::{Restore, known, permanent, transient};
+use super::{Restore, known, permanent, pieces, transient};
 use crate::effects::of_ceph;
 
 impl Restore<'_> {
-    /// Makes the image that takes the place: the safety copy of an undo is there already, a backup is cloned.
     pub(super) async fn prepare(&mut self, status: &RestoreStatus) -> Result<Event, Problem> {
         let ceph = self.ceph().await?;
-        let image = known(&status.image, "image")?;
+        let mut prepared = Vec::new();
+        for piece in pieces(status)? {
+            prepared.push(self.prepare_one(&ceph, status, &piece).await?);
+        }
+        Ok(Event::Prepared(prepared))
+    }
+
+    /// Makes the image that takes the place: the safety copy of an undo is there already, a backup is cloned.
+    async fn prepare_one(
+        &self,
+        ceph: &Ceph,
+        status: &RestoreStatus,
+        piece: &Piece<'_>,
+    ) -> Result<ImageRecord, Problem> {
         let incoming = if matches!(self.order.goal, Goal::Undo(_)) {
-            let kept = known(&status.incoming, "safety copy")?;
+            let kept = known(&piece.incoming, "safety copy")?;
             let found = ceph.image_by_id(kept).await.map_err(of_ceph)?;
-            ImageRecord { name: found.name, ..kept.clone() }
+            ImageRecord { name: found.name, ..(*kept).clone() }
         } else {
-            self.clone_backup(&ceph, status).await?
+            self.clone_backup(ceph, piece).await?
         };
         let open = ceph.watchers(&incoming.spec()).await.map_err(of_ceph)?;
         if let Some(watcher) = open.first() {
@@ -31,22 +43,21 @@ impl Restore<'_> {
                 "end what uses it: it is to take the place of the database's image",
             ));
         }
-        self.inherit(&ceph, status, image, &incoming).await?;
-        Ok(Event::Prepared(incoming))
+        self.inherit(ceph, status, piece.image, &incoming).await?;
+        Ok(incoming)
     }
 
     /// Clones the snapshot from nothing: a clone that an earlier try left may be one that was cut off, which looks like an
     /// empty image.
-    async fn clone_backup(&self, ceph: &Ceph, status: &RestoreStatus) -> Result<ImageRecord, Problem> {
-        let image = known(&status.image, "image")?;
-        let source = known(&status.source, "backup")?;
-        let snapshot = known(&source.snapshot, "snapshot")?;
+    async fn clone_backup(&self, ceph: &Ceph, piece: &Piece<'_>) -> Result<ImageRecord, Problem> {
+        let Piece { image, source_image: source, .. } = *piece;
+        let snapshot = known(&piece.source_snapshot, "snapshot")?;
         let clone = ImageRecord { name: self.order.incoming_name(&image.name), ..image.clone() };
         let spec = clone.spec();
         let live = ceph.info(&image.spec()).await.map_err(of_ceph)?;
         // The source may have been renamed since the preflight, by hand.
-        let from = ceph.image_by_id(&source.image).await.map_err(of_ceph)?;
-        let from = ImageRecord { name: from.name, ..source.image.clone() };
+        let from = ceph.image_by_id(source).await.map_err(of_ceph)?;
+        let from = ImageRecord { name: from.name, ..source.clone() };
         // Since the preflight somebody may have started it.
         if self.record.spec.into.is_some() && ceph.used_bytes(&image.spec()).await.map_err(of_ceph)? > 0 {
             return Err(permanent(
@@ -108,48 +119,49 @@ impl Restore<'_> {
     }
 
     pub(super) async fn set_aside(&mut self, status: &RestoreStatus) -> Result<Event, Problem> {
-        let image = known(&status.image, "image")?;
-        let name = self.order.aside_name(&image.name);
-        self.ceph().await?.give_name(image, &name).await.map_err(of_ceph)?;
+        let ceph = self.ceph().await?;
+        for Piece { image, .. } in pieces(status)? {
+            ceph.give_name(image, &self.order.aside_name(&image.name)).await.map_err(of_ceph)?;
+        }
         Ok(Event::SetAside)
     }
 
     pub(super) async fn place(&mut self, status: &RestoreStatus) -> Result<Event, Problem> {
-        let (image, incoming) = (known(&status.image, "image")?, known(&status.incoming, "new image")?);
-        self.ceph().await?.give_name(incoming, &image.name).await.map_err(of_ceph)?;
+        let ceph = self.ceph().await?;
+        for piece in pieces(status)? {
+            let incoming = known(&piece.incoming, "new image")?;
+            ceph.give_name(incoming, &piece.image.name).await.map_err(of_ceph)?;
+        }
         Ok(Event::Placed)
     }
 
-    /// Tells ceph-csi which image the volume is now: with the old id it would purge the safety copy when the volume is
+    /// Tells ceph-csi which image each volume is now: with the old id it would purge the safety copy when the volume is
     /// deleted (field notes, lab C14).
     pub(super) async fn book(&mut self, status: &RestoreStatus) -> Result<Event, Problem> {
-        let (image, incoming) = (known(&status.image, "image")?, known(&status.incoming, "new image")?);
-        self.note(status, image, &incoming.id).await?;
+        let ceph = self.ceph().await?;
+        for piece in pieces(status)? {
+            note(&ceph, &piece, &known(&piece.incoming, "new image")?.id).await?;
+        }
         Ok(Event::Booked)
     }
 
-    /// Writes `id` into ceph-csi's journal, after a look that the volume's name means that image.
-    async fn note(&mut self, status: &RestoreStatus, image: &ImageRecord, id: &str) -> Result<(), Problem> {
+    pub(super) async fn safeguard(&mut self, status: &RestoreStatus) -> Result<Event, Problem> {
         let ceph = self.ceph().await?;
-        let named = ceph.info(&image.spec()).await.map_err(of_ceph)?;
-        if named.id != id {
-            return Err(transient(
-                format!("{} has the id {} where {id} is expected", image.spec(), named.id),
-                "see who else renames images",
-            ));
+        let mut taken = Vec::new();
+        for piece in pieces(status)? {
+            taken.push(self.safeguard_one(&ceph, status, &piece).await?);
         }
-        let volume = known(&status.volume, "volume")?;
-        let Some(journal) = &volume.journal else { return Ok(()) };
-        let namespace = &journal.rados_namespace;
-        ceph.set_journal_value(&journal.pool, namespace, &journal.object, IMAGE_ID_KEY, id)
-            .await
-            .map_err(of_ceph)
+        Ok(Event::Safeguarded(taken))
     }
 
     /// Takes the safety snapshot, and notes in the image how long it is kept.
-    pub(super) async fn safeguard(&mut self, status: &RestoreStatus) -> Result<Event, Problem> {
-        let ceph = self.ceph().await?;
-        let image = known(&status.image, "image")?.spec();
+    async fn safeguard_one(
+        &self,
+        ceph: &Ceph,
+        status: &RestoreStatus,
+        piece: &Piece<'_>,
+    ) -> Result<SnapshotRecord, Problem> {
+        let image = piece.image.spec();
         let name = self.order.safety_snapshot_name();
         match ceph.create_snapshot_at_rest(&image, &name).await {
             // Its name is of this record alone: an earlier try.
@@ -162,45 +174,37 @@ impl Restore<'_> {
         let taken = snapshots.into_iter().find(|snapshot| snapshot.by_user && snapshot.name == name);
         let taken = taken.ok_or_else(|| {
             transient(
-                format!("the snapshot {name} was taken but is not listed"),
+                format!("the snapshot {image}@{name} was taken but is not listed"),
                 "look who else removes snapshots of this image",
             )
         })?;
-        Ok(Event::Safeguarded(SnapshotRecord { name: taken.name, id: taken.id, size: taken.size }))
+        Ok(SnapshotRecord { name: taken.name, id: taken.id, size: taken.size })
     }
 
     pub(super) async fn roll_back(&mut self, status: &RestoreStatus) -> Result<Event, Problem> {
-        let source = known(&status.source, "backup")?;
-        let snapshot = known(&source.snapshot, "snapshot")?.name.clone();
-        self.overwrite(status, &snapshot).await?;
-        Ok(Event::RolledBack)
-    }
-
-    async fn overwrite(&mut self, status: &RestoreStatus, snapshot: &str) -> Result<(), Problem> {
         let ceph = self.ceph().await?;
-        let image = known(&status.image, "image")?.spec();
-        ceph.roll_back(&image, snapshot).await.map_err(of_ceph)?;
-        // A rollback also takes back the size, which Kubernetes does not expect.
-        let (found, size) = (ceph.info(&image).await.map_err(of_ceph)?.size, *known(&status.size, "size")?);
-        if found < size {
-            ceph.grow(&image, size).await.map_err(of_ceph)?;
+        for piece in pieces(status)? {
+            overwrite(&ceph, &piece, &known(&piece.source_snapshot, "snapshot")?.name).await?;
         }
-        Ok(())
+        Ok(Event::RolledBack)
     }
 
     /// Puts everything back, as far as it was changed.
     pub(super) async fn put_back(&mut self, status: &RestoreStatus) -> Result<Event, Problem> {
-        match status.method.unwrap_or_default() {
-            Method::Swap => self.put_image_back(status).await?,
-            Method::Rollback => self.put_data_back(status).await?,
+        let ceph = self.ceph().await?;
+        for piece in pieces(status)? {
+            match status.method.unwrap_or_default() {
+                Method::Swap => self.put_image_back(&ceph, &piece, status.started).await?,
+                Method::Rollback => self.put_data_back(&ceph, &piece).await?,
+            }
         }
         Ok(Event::PutBack)
     }
 
-    async fn put_image_back(&mut self, status: &RestoreStatus) -> Result<(), Problem> {
-        let ceph = self.ceph().await?;
-        let image = known(&status.image, "image")?;
-        if let Some(incoming) = &status.incoming {
+    /// `started` says whether somebody may have written to what took the place.
+    async fn put_image_back(&self, ceph: &Ceph, piece: &Piece<'_>, started: bool) -> Result<(), Problem> {
+        let image = piece.image;
+        if let Some(incoming) = piece.incoming {
             match ceph.give_name(incoming, &incoming.name).await {
                 Ok(()) => {}
                 // An earlier try removed it.
@@ -209,7 +213,7 @@ impl Restore<'_> {
             }
         }
         match ceph.give_name(image, &image.name).await {
-            Ok(()) => self.note(status, image, &image.id).await?,
+            Ok(()) => note(ceph, piece, &image.id).await?,
             // Its volume was deleted meanwhile, with the namespace perhaps: nothing must be held up by that.
             Err(error) if error.is_not_found() => {}
             Err(error) => return Err(of_ceph(error)),
@@ -218,8 +222,8 @@ impl Restore<'_> {
             return Ok(());
         }
         let clone = ImageRecord { name: self.order.incoming_name(&image.name), ..image.clone() }.spec();
-        let removed = match status.started {
-            // Somebody may have written to it: it can be brought back from the trash.
+        let removed = match started {
+            // It can be brought back from the trash.
             true => ceph.move_to_trash(&clone).await,
             false => ceph.remove_unused(&clone).await,
         };
@@ -230,20 +234,19 @@ impl Restore<'_> {
         }
     }
 
-    async fn put_data_back(&mut self, status: &RestoreStatus) -> Result<(), Problem> {
-        match self.ceph().await?.image_by_id(known(&status.image, "image")?).await {
+    async fn put_data_back(&self, ceph: &Ceph, piece: &Piece<'_>) -> Result<(), Problem> {
+        match ceph.image_by_id(piece.image).await {
             Ok(_) => {}
             Err(error) if error.is_not_found() => return Ok(()),
             Err(error) => return Err(of_ceph(error)),
         }
-        // It is written down before the first object is overwritten. It stays as long as any safety snapshot: a repeated
-        // try needs it.
-        if let Some(safety) = &status.safety_snapshot {
-            return self.overwrite(status, &safety.name).await;
+        // Those of all images are written down before the first object of any is overwritten. It stays as long as any safety
+        // snapshot: a repeated try needs it.
+        if let Some(safety) = piece.safety_snapshot {
+            return overwrite(ceph, piece, &safety.name).await;
         }
         let name = self.order.safety_snapshot_name();
-        let ceph = self.ceph().await?;
-        let image = known(&status.image, "image")?.spec();
+        let image = piece.image.spec();
         match ceph.remove_snapshot(&image, &name).await {
             Ok(()) => {}
             Err(error) if error.is_not_found() => {}
@@ -251,4 +254,29 @@ impl Restore<'_> {
         }
         ceph.remove_metadata(&image, &lineage::safety_key(&name)).await.map_err(of_ceph)
     }
+}
+
+/// Writes `id` into ceph-csi's journal, after a look that the volume's name means that image.
+async fn note(ceph: &Ceph, piece: &Piece<'_>, id: &str) -> Result<(), Problem> {
+    let spec = piece.image.spec();
+    let named = ceph.info(&spec).await.map_err(of_ceph)?;
+    if named.id != id {
+        return Err(transient(
+            format!("{spec} has the id {} where {id} is expected", named.id),
+            "see who else renames images",
+        ));
+    }
+    let Some(journal) = &piece.volume.journal else { return Ok(()) };
+    let namespace = &journal.rados_namespace;
+    ceph.set_journal_value(&journal.pool, namespace, &journal.object, IMAGE_ID_KEY, id).await.map_err(of_ceph)
+}
+
+async fn overwrite(ceph: &Ceph, piece: &Piece<'_>, snapshot: &str) -> Result<(), Problem> {
+    let image = piece.image.spec();
+    ceph.roll_back(&image, snapshot).await.map_err(of_ceph)?;
+    // A rollback also takes back the size, which Kubernetes does not expect.
+    if ceph.info(&image).await.map_err(of_ceph)?.size < piece.size {
+        ceph.grow(&image, piece.size).await.map_err(of_ceph)?;
+    }
+    Ok(())
 }

@@ -177,6 +177,23 @@ impl<'a> Node<'a> {
                 assert!(self.stage.lab.rbd(&["snap", "ls", &self.image]).unwrap().contains(safety));
             }
         }
+        // What was done to the image with the data directory was done to the others.
+        for part in &status.parts {
+            let live = self.id(&part.image.spec());
+            match status.method.unwrap() {
+                Method::Swap => {
+                    assert_eq!(part.incoming.as_ref().unwrap().id, live, "{}", part.name);
+                    let safety = part.safety_image.as_ref().unwrap();
+                    assert_eq!(self.id(&safety.spec()), safety.id, "the safety copy is another image");
+                }
+                Method::Rollback => {
+                    assert_eq!(part.image.id, live, "{}", part.name);
+                    let safety = &part.safety_snapshot.as_ref().unwrap().name;
+                    let snapshots = self.stage.lab.rbd(&["snap", "ls", &part.image.spec()]).unwrap();
+                    assert!(snapshots.contains(safety), "{}", part.name);
+                }
+            }
+        }
         // Somebody who deletes the record is not held up.
         let finalizers = self.stage.restore_record(status).metadata.finalizers.unwrap_or_default();
         assert!(finalizers.is_empty(), "{finalizers:?}");

@@ -12,7 +12,8 @@ use howdah_core::backup::{
     StepOutcome, StepRecord, Trigger,
 };
 use howdah_core::restore::{
-    self, JournalRecord, Method, Proof, RestoreStatus, Source, StepRecord as RestoreStep, VolumeRecord,
+    self, JournalRecord, Method, Proof, RestoreStatus, RestoredPart, Source, StepRecord as RestoreStep,
+    VolumeRecord,
 };
 use howdah_core::verify::{self, Report, VerifyStatus};
 use howdah_lab::lab::Lab;
@@ -256,7 +257,18 @@ fn full_restore_status() -> RestoreStatus {
         grace_seconds: 300,
         incoming: Some(image("csi-vol-1.howdah-new-1")),
         safety_image: Some(image("csi-vol-1.howdah-1")),
-        safety_snapshot: Some(snapshot),
+        safety_snapshot: Some(snapshot.clone()),
+        parts: vec![RestoredPart {
+            name: "wal".to_owned(),
+            volume: VolumeRecord { claim: "wal-db-0".to_owned(), volume: "pvc-2".to_owned(), journal: None },
+            image: image("csi-vol-2"),
+            size: 1 << 30,
+            source_image: image("csi-vol-2"),
+            source_snapshot: Some(snapshot.clone()),
+            incoming: Some(image("csi-vol-2.howdah-new-1")),
+            safety_image: Some(image("csi-vol-2.howdah-1")),
+            safety_snapshot: Some(snapshot),
+        }],
         safety_until: Some(slot()),
         proofs: vec![Proof { what: "no pod".to_owned(), holds: true, seen: "none".to_owned() }],
         started: true,
