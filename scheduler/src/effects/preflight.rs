@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use futures::future::try_join_all;
 use howdah_adapters::ceph::Ceph;
 use howdah_adapters::kubernetes::{Credentials, KubernetesError, ResolveError, call, find, is_ready};
 use howdah_adapters::postgres::{ServerFacts, Session as PostgresSession, Target};
@@ -13,7 +14,7 @@ use howdah_core::backup::{
     BackupStatus, Database, Facts, FailureKind, ImageRecord, PartRecord, Problem, Session,
 };
 use howdah_core::names;
-use howdah_core::preflight::{self, Claims, DEFAULT_DATA_DIRECTORY, Mount, Place, Server};
+use howdah_core::preflight::{self, Claims, DEFAULT_DATA_DIRECTORY, Mount, PartClaim, Place, Server};
 use howdah_core::volume::RbdVolume;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
@@ -131,18 +132,23 @@ impl Effects<'_> {
         // PostgreSQL may keep its data elsewhere than the pod says.
         let volume = if claims.data == of_data { volume } else { self.volume(&claims.data).await? };
         let ceph = self.ceph.insert(connect_ceph(self.cx).await?).clone();
-        // While the cluster is paused other commands have no answer, and the health check says why.
-        let (no_room, data) =
-            tokio::try_join!(room(self.cx, &ceph, &volume.pool), self.see(&ceph, &volume, pod.as_ref()))?;
-        let mut seen = vec![data];
-        let mut parts = Vec::new();
-        for claim in claims.parts {
-            let volume = self.volume(&claim.claim).await?;
-            let part = self.see(&ceph, &volume, pod.as_ref()).await?;
-            let image = part.image.clone();
-            parts.push(PartRecord { volume: claim.volume, wal: claim.wal, image, snapshot: None });
-            seen.push(part);
+        let mut volumes = vec![volume];
+        for claim in &claims.parts {
+            volumes.push(self.volume(&claim.claim).await?);
         }
+        // Each look is a process of its own that has to connect first: together they take as long as one. While the cluster is
+        // paused the others have no answer, and the health check says why.
+        let looks = try_join_all(volumes.iter().map(|volume| self.see(&ceph, volume, pod.as_ref())));
+        let (no_room, mut seen) = tokio::try_join!(room(self.cx, &ceph, &volumes[0].pool), looks)?;
+        let of_parts = claims.parts.into_iter().zip(&seen[1..]);
+        let parts: Vec<PartRecord> = of_parts
+            .map(|(PartClaim { volume, wal, .. }, seen)| PartRecord {
+                volume,
+                wal,
+                image: seen.image.clone(),
+                snapshot: None,
+            })
+            .collect();
         preflight::one_pool(&seen[0].image, &parts)?;
         let database = match &pod {
             None => Database::Stopped { doubt: seen.iter().find_map(|seen| seen.doubt.clone()) },
@@ -199,7 +205,6 @@ impl Effects<'_> {
     async fn see(&self, ceph: &Ceph, volume: &RbdVolume, pod: Option<&Pod>) -> Result<Seen, Problem> {
         preflight::volume_fit(volume, pod.is_some())?;
         let image = volume.image_spec();
-        // Each is a process of its own that has to connect first: together they take as long as one.
         let (info, watchers, snapshots) =
             tokio::try_join!(ceph.info(&image), ceph.watchers(&image), ceph.snapshots(&image))
                 .map_err(of_ceph)?;

@@ -1,6 +1,7 @@
 //! The preflight of a restore: from the StatefulSet to its images, one for each that the backup or safety copy holds
 //! ([`super::source`]). Only reads.
 
+use futures::future::try_join_all;
 use howdah_adapters::ceph::{Ceph, ImageInfo};
 use howdah_adapters::kubernetes::{call, find};
 use howdah_adapters::records::PostgresBackup;
@@ -68,22 +69,26 @@ impl Restore<'_> {
         let wanted = self.wanted(&name, &backups).await?;
         let ceph = self.ceph().await?;
         let pod = self.pod(&database).await?;
-        let mut in_place = Vec::new();
-        for kept in &wanted.kept {
-            let claim = match &kept.volume {
-                None => of_data.clone(),
-                Some(volume) => claim_of_part(&database, template, container, &wanted.noun(), volume)?,
-            };
+        let claims = wanted.kept.iter().map(|kept| match &kept.volume {
+            None => Ok(of_data.clone()),
+            Some(volume) => claim_of_part(&database, template, container, &wanted.noun(), volume),
+        });
+        let claims: Vec<String> = claims.collect::<Result<_, Problem>>()?;
+        // Each look is a process of its own that has to connect first: together they take as long as one.
+        let looks = claims.into_iter().map(|claim| async {
             let found = self.in_place(&ceph, claim).await?;
             only_the_pod_writes(&ceph, &pod_name(&database), pod.as_ref(), &found.image).await?;
-            in_place.push(found);
-        }
+            Ok::<_, Problem>(found)
+        });
+        let in_place = try_join_all(looks).await?;
         all_differ(&in_place)?;
 
         let target = Target { name: &name, replicas, pod: pod.as_ref() };
+        let looks = wanted.kept.iter().zip(&in_place);
+        let looks = looks.map(|(kept, in_place)| self.source_of(&ceph, &wanted, kept, in_place, target));
+        let sources = try_join_all(looks).await?;
         let mut parts = Vec::new();
-        for (kept, in_place) in wanted.kept.iter().zip(in_place) {
-            let source = self.source_of(&ceph, &wanted, kept, &in_place, target).await?;
+        for ((kept, in_place), source) in wanted.kept.iter().zip(in_place).zip(sources) {
             // What a swap set aside takes its place again as it is.
             let incoming = (kept.left.is_some() && wanted.method == Method::Swap).then(|| source.clone());
             let InPlace { claim, volume, journal, image, info } = in_place;

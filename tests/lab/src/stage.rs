@@ -590,7 +590,7 @@ impl Restored {
     }
 
     /// Of a database on several volumes; the image of each part is POOL/IMAGE@NAME, too.
-    pub fn start_parts(lab: &Lab, major: u32, snapshot: &str, parts: &[Part]) -> Self {
+    fn start_parts(lab: &Lab, major: u32, snapshot: &str, parts: &[Part]) -> Self {
         let mut clone = Self { lab: lab.clone(), images: Vec::new(), server: None };
         let image = clone.make(snapshot);
         let parts: Vec<Part> = parts

@@ -14,11 +14,10 @@ use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 use howdah_adapters::records::PostgresBackup;
-use howdah_core::backup;
+use howdah_core::backup::{self, ImageRecord};
 use howdah_core::names::SNAPSHOT_PREFIX;
 use howdah_core::restore::{Phase, RestoreStatus};
 use howdah_lab::ceph::POOL;
-use howdah_lab::postgres::DEBIAN_MAJOR;
 use howdah_lab::process::wait_until;
 use howdah_lab::stage::{Node, RESTORE_LIMIT, Restored, Stage, acknowledged};
 use howdah_lab::testing::Process;
@@ -121,7 +120,7 @@ impl<'a> Soak<'a> {
 
     fn name(&mut self, what: &str) -> String {
         self.count += 1;
-        format!("{what}-{}", self.count)
+        format!("{}-{what}-{}", self.node.name, self.count)
     }
 
     /// One operation, chosen by chance, and what has to hold after it.
@@ -142,14 +141,17 @@ impl<'a> Soak<'a> {
 
     /// The backups that are good.
     fn good(&self) -> Vec<PostgresBackup> {
-        let good =
-            |backup: &PostgresBackup| backup.status.as_ref().is_some_and(|status| status.phase.is_success());
+        let good = |backup: &PostgresBackup| {
+            backup.spec.stateful_set == self.node.name
+                && backup.status.as_ref().is_some_and(|status| status.phase.is_success())
+        };
         self.stage.backups().into_iter().filter(good).collect()
     }
 
     fn back_up(&mut self) {
         let (name, owed) = (self.name("backup"), self.owed());
-        let class = (self.rng.u32(0..3) == 0).then_some("crash");
+        // Several volumes are one state only by what PostgreSQL says of its checkpoints.
+        let class = (self.node.parts.is_empty() && self.rng.u32(0..3) == 0).then_some("crash");
         self.stage.order_backup(&self.node.name, &name, class);
         let killed = self.kill_until(|soak| soak.stage.status(&name).phase.is_terminal());
         let status = self.stage.status(&name);
@@ -220,7 +222,11 @@ impl<'a> Soak<'a> {
         self.refused += 1;
         if failure.cure.contains("rbd flatten") {
             self.node.stop();
-            self.stage.lab.rbd(&["flatten", "--no-progress", &self.node.image]).unwrap();
+            for image in
+                std::iter::once(&self.node.image).chain(self.node.parts.iter().map(|part| &part.image))
+            {
+                self.stage.lab.rbd(&["flatten", "--no-progress", image]).unwrap();
+            }
             self.node.start();
         }
     }
@@ -229,12 +235,11 @@ impl<'a> Soak<'a> {
     fn start_a_clone(&mut self, backups: &[PostgresBackup]) {
         let backup = &backups[self.rng.usize(0..backups.len())];
         let status = backup.status.as_ref().unwrap();
-        let (image, snapshot) = (status.image.as_ref().unwrap(), status.snapshot.as_ref().unwrap());
-        let specs = self.node.images().into_iter().map(|name| format!("{POOL}/{name}"));
-        let spec = specs.into_iter().find(|spec| self.node.id(spec) == image.id);
-        let spec = spec.unwrap_or_else(|| panic!("the image of {} is gone", backup.name_any()));
-        let clone = Restored::start(&self.stage.lab, DEBIAN_MAJOR, &format!("{spec}@{}", snapshot.name));
+        let clone = Restored::of(&self.stage.lab, status);
         holds(&clone.sql(LEDGER), &self.promised[&backup.name_any()], &backup.name_any());
+        if !self.node.parts.is_empty() {
+            clone.assert_one_state();
+        }
         self.clones += 1;
     }
 
@@ -316,13 +321,27 @@ impl<'a> Soak<'a> {
         let modes = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'howdah'";
         assert!(wait_until(RESTORE_LIMIT, || self.node.sql(modes) == "0"), "backup mode is on");
 
+        if !self.node.parts.is_empty() {
+            self.node.assert_one_state();
+        }
+        let in_place =
+            std::iter::once(&self.node.image).chain(self.node.parts.iter().map(|part| &part.image));
+        for image in in_place {
+            self.check_images(image);
+        }
+    }
+
+    /// What holds of an image of the database, and of those that it took the place of.
+    fn check_images(&self, in_place: &str) {
         // Every snapshot is of a record, and of every good record there is one.
         let restores = self.stage.all_restores();
         let safety = |status: &RestoreStatus| status.safety_snapshot.clone().map(|snapshot| snapshot.name);
         let mut known: BTreeSet<String> = restores.iter().filter_map(safety).collect();
-        let backups = self.stage.backups().into_iter().filter_map(|backup| backup.status?.snapshot);
+        let backups =
+            self.stage.backups().into_iter().filter(|backup| backup.spec.stateful_set == self.node.name);
+        let backups = backups.filter_map(|backup| backup.status?.snapshot);
         let backups: BTreeSet<String> = backups.map(|snapshot| snapshot.name).collect();
-        let images = self.node.images();
+        let images = self.node.images_of(in_place);
         let found: BTreeSet<String> =
             images.iter().flat_map(|image| self.stage.snapshots(&format!("{POOL}/{image}"))).collect();
         let lost: Vec<&String> = backups.difference(&found).collect();
@@ -332,12 +351,19 @@ impl<'a> Soak<'a> {
         assert!(left.is_empty(), "snapshots ({SNAPSHOT_PREFIX}) without a record: {left:?}");
 
         // Every image is in place, or what a restore set aside.
-        let aside = restores.iter().filter_map(|status| status.safety_image.as_ref());
-        let aside: BTreeSet<&str> = aside.map(|image| image.id.as_str()).collect();
+        let of_parts =
+            |status: &RestoreStatus| status.parts.clone().into_iter().filter_map(|part| part.safety_image);
+        let aside: Vec<ImageRecord> = restores
+            .iter()
+            .flat_map(|status| status.safety_image.clone().into_iter().chain(of_parts(status)))
+            .collect();
+        let aside: BTreeSet<&str> = aside.iter().map(|image| image.id.as_str()).collect();
         for image in &images {
             let id = self.node.id(&format!("{POOL}/{image}"));
-            let in_place = format!("{POOL}/{image}") == self.node.image;
-            assert!(in_place || aside.contains(id.as_str()), "nobody set {image} aside");
+            assert!(
+                format!("{POOL}/{image}") == in_place || aside.contains(id.as_str()),
+                "nobody set {image} aside"
+            );
         }
     }
 }
@@ -366,16 +392,23 @@ fn no_acknowledged_row_is_lost_and_nothing_is_left_whenever_the_scheduler_is_kil
     eprintln!("HOWDAH_SOAK_SEED={}", rng.get_seed());
     let stage = Stage::alone();
     stage.grant();
-    let node = Node::of(stage.database("db", json!({"howdah.dev/retention": "last=4"})));
+    let retention = json!({"howdah.dev/retention": "last=4"});
+    soak(&stage, &Node::of(stage.database("db", retention.clone())), rng.clone(), limit / 2);
+    // And one whose images have to be of one state, all along.
+    soak(&stage, &Node::of(stage.database_in_parts("parts", &retention)), rng, limit / 2);
+}
+
+fn soak(stage: &Stage, node: &Node<'_>, rng: Rng, limit: Duration) {
     node.play(|| {
-        let mut soak = Soak::new(&stage, &node, rng);
+        let mut soak = Soak::new(stage, node, rng);
         let begun = Instant::now();
         while begun.elapsed() < limit {
             soak.step();
         }
         let Soak { count, kills, freezes, refused, clones, scheduler, writer, .. } = soak;
         eprintln!(
-            "{count} operations, {kills} kills, {freezes} stops, {refused} refusals, {clones} clones started"
+            "{}: {count} operations, {kills} kills, {freezes} stops, {refused} refusals, {clones} clones started",
+            node.name
         );
         writer.stop().unwrap();
         scheduler.stop().unwrap();

@@ -178,8 +178,12 @@ impl<'a> Node<'a> {
             }
         }
         // What was done to the image with the data directory was done to the others.
+        assert_eq!(status.parts.len(), self.parts.len());
         for part in &status.parts {
             let live = self.id(&part.image.spec());
+            let claim =
+                Claim::bound(&self.stage.lab, self.stage.namespace.name(), &part.volume.claim).unwrap();
+            assert_eq!(claim.journal("csi.imageid").unwrap(), live, "ceph-csi would delete another image");
             match status.method.unwrap() {
                 Method::Swap => {
                     assert_eq!(part.incoming.as_ref().unwrap().id, live, "{}", part.name);
@@ -252,10 +256,21 @@ impl<'a> Node<'a> {
         serde_json::from_str::<Value>(&info).unwrap()["id"].as_str().unwrap().to_owned()
     }
 
+    /// Panics unless the volumes of a database in parts are of one instant.
+    pub fn assert_one_state(&self) {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        running.as_ref().unwrap().1.assert_one_state();
+    }
+
     /// The names of all images of the volume.
     pub fn images(&self) -> Vec<String> {
+        self.images_of(&self.image)
+    }
+
+    /// An image as POOL/NAME, and what restores made beside it; their names.
+    pub fn images_of(&self, image: &str) -> Vec<String> {
         let all = self.stage.lab.rbd(&["ls", POOL]).unwrap();
-        all.lines().filter(|name| name.starts_with(name_of(&self.image))).map(str::to_owned).collect()
+        all.lines().filter(|name| name.starts_with(name_of(image))).map(str::to_owned).collect()
     }
 }
 

@@ -4,9 +4,11 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
+use howdah_core::backup::{BackupStatus, ImageRecord, SnapshotRecord};
 use serde_json::{Value, json};
 
-use super::{Database, Place, Stage, VOLUME, name_of, stateful_set};
+use super::{Database, Place, Restored, Server, Stage, VOLUME, name_of, stateful_set};
+use crate::ceph::POOL;
 use crate::lab::Lab;
 use crate::mapping::Mapping;
 use crate::postgres::{Binaries, DEBIAN_MAJOR};
@@ -15,6 +17,20 @@ use crate::postgres::{Binaries, DEBIAN_MAJOR};
 const WAL: &str = "wal";
 /// Folder of each file system that PostgreSQL owns: the root has `lost+found`.
 const FOLDER: &str = "pg";
+
+/// A table on each volume, the index of the one on the other's: a row of the first is in both, whenever a snapshot is taken.
+const TABLES: [&str; 4] = [
+    "CREATE TABLE ledger (n int PRIMARY KEY USING INDEX TABLESPACE far)",
+    "CREATE TABLE twin (n int PRIMARY KEY) TABLESPACE far",
+    "CREATE FUNCTION twice() RETURNS trigger LANGUAGE plpgsql AS \
+     'BEGIN INSERT INTO twin VALUES (NEW.n); RETURN NEW; END'",
+    "CREATE TRIGGER twice AFTER INSERT ON ledger FOR EACH ROW EXECUTE FUNCTION twice()",
+];
+/// Rows of one table that the other lacks: by the tables themselves, then by their indexes. Two zeros are one state.
+const APART: &str = "SET enable_indexscan = off; SET enable_bitmapscan = off; SET enable_indexonlyscan = off; \
+    SELECT count(*) FROM ledger FULL JOIN twin USING (n) WHERE ledger.n IS NULL OR twin.n IS NULL; \
+    RESET ALL; SET enable_seqscan = off; SET enable_bitmapscan = off; \
+    SELECT (SELECT count(*) FROM ledger WHERE n > 0) - (SELECT count(*) FROM twin WHERE n > 0)";
 
 /// A further volume of a database.
 #[derive(Clone, Debug)]
@@ -26,8 +42,8 @@ pub struct Part {
 }
 
 impl Stage {
-    /// A protected StatefulSet with a running database whose WAL lies on the volume `wal`, and which has the volume `space`
-    /// for a tablespace.
+    /// A protected StatefulSet with a running database whose WAL lies on the volume `wal`, and a tablespace on the volume
+    /// `space`. Its table `ledger` has to be whole in a way that [`Server::assert_one_state`] judges.
     pub fn database_in_parts(&self, name: &str, annotations: &Value) -> Database<'_> {
         let place = Place::next(&self.lab);
         let further = ["space", WAL];
@@ -48,15 +64,56 @@ impl Stage {
                 container["env"].as_array_mut().unwrap().push(waldir);
             }
         }
-        self.database_of_objects(DEBIAN_MAJOR, name, &objects, place, &further)
+        let database = self.database_of_objects(DEBIAN_MAJOR, name, &objects, place, &further);
+        let folder = root_of(&self.lab, database.server.place(), "space").join(FOLDER);
+        database.sql(&format!("CREATE TABLESPACE far LOCATION '{}'", folder.display()));
+        TABLES.iter().for_each(|statement| drop(database.sql(statement)));
+        database
     }
 }
 
 impl Database<'_> {
-    /// The folder for a tablespace on a further volume.
-    pub fn folder(&self, volume: &str) -> PathBuf {
-        root_of(&self.stage.lab, self.server.place(), volume).join(FOLDER)
+    /// Every image as POOL/NAME, the one with the data directory first.
+    pub fn images(&self) -> Vec<String> {
+        let parts = self.parts.iter().map(|part| part.image.clone());
+        std::iter::once(self.image.clone()).chain(parts).collect()
     }
+}
+
+impl Server {
+    /// Panics if the volumes of a database in parts are of different instants.
+    pub fn assert_one_state(&self) {
+        assert_eq!(self.sql(APART), "0\n0", "the volumes are of different instants");
+    }
+}
+
+impl Restored {
+    /// On clones of all snapshots of a backup, by the names that its images have now.
+    pub fn of(lab: &Lab, status: &BackupStatus) -> Self {
+        let names = lab.rbd(&["ls", POOL]).unwrap();
+        let snapshot = |image: &ImageRecord, snapshot: &Option<SnapshotRecord>| {
+            // A restore adds to the name and takes away from it.
+            let stem = image.name.split(".howdah").next().unwrap();
+            let mut like = names.lines().filter(|name| name.starts_with(stem));
+            let name = like.find(|name| id_of(lab, name) == image.id);
+            let name = name.unwrap_or_else(|| panic!("{image:?} is gone"));
+            format!("{POOL}/{name}@{}", snapshot.as_ref().unwrap().name)
+        };
+        let parts: Vec<Part> = status
+            .parts
+            .iter()
+            .map(|part| Part { volume: part.volume.clone(), image: snapshot(&part.image, &part.snapshot) })
+            .collect();
+        let data = snapshot(status.image.as_ref().unwrap(), &status.snapshot);
+        Self::start_parts(lab, DEBIAN_MAJOR, &data, &parts)
+    }
+}
+
+/// The id of an image of the pool; nothing for one that just went.
+fn id_of(lab: &Lab, name: &str) -> String {
+    let info = lab.rbd(&["info", "--format", "json", &format!("{POOL}/{name}")]).unwrap_or_default();
+    let info: Value = serde_json::from_str(&info).unwrap_or_default();
+    info["id"].as_str().unwrap_or_default().to_owned()
 }
 
 fn mapped_as(place: &Place, volume: &str) -> String {

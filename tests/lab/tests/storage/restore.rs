@@ -84,21 +84,27 @@ fn a_swap_under_load_holds_every_row_of_the_backup_and_is_undone_to_the_last_row
 fn a_restore_ends_the_same_in_whatever_phase_its_scheduler_is_killed() {
     let stage = Stage::alone();
     stage.grant();
-    // Two at once: one kill hits both, each wherever it stands.
-    let nodes = ["db", "shop"].map(|name| Node::of(stage.database(name, json!({}))));
+    // Two at once: one kill hits both, each wherever it stands. One lies on three volumes, so that it dies between their images.
+    let nodes = [stage.database("db", json!({})), stage.database_in_parts("shop", &json!({}))].map(Node::of);
     nodes[0].play(|| {
         nodes[1].play(|| {
             let mut killer = Killer::new(&stage);
             for node in &nodes {
                 node.sql("CREATE TABLE t AS SELECT 1 AS n");
+                node.sql("CREATE TABLE IF NOT EXISTS ledger (n int PRIMARY KEY); INSERT INTO ledger VALUES (1), (2)");
                 node.back_up(&format!("{}-one", node.name));
-                node.sql("UPDATE t SET n = 2");
+                node.sql("UPDATE t SET n = 2; INSERT INTO ledger VALUES (3)");
             }
             let restores = nodes.each_ref().map(|node| format!("{}-restore", node.name));
             killer.kill_in(&SWAP_PHASES, &restores, || {
-                for (node, restore) in nodes.iter().zip(&restores) {
-                    node.order(restore, json!({"to": format!("{}-one", node.name)}));
-                }
+                let order = |i: usize| {
+                    nodes[i].order(&restores[i], json!({"to": format!("{}-one", nodes[i].name)}));
+                };
+                order(1);
+                // Three images take it longer than there is between two kills, and after six it gives up.
+                let begun = |status: &RestoreStatus| !matches!(status.phase, Phase::Reserved | Phase::Preflight);
+                stage.wait_restore(&restores[1], begun);
+                order(0);
             });
             for (node, restore) in nodes.iter().zip(&restores) {
                 let status = node.wait_over(restore);
@@ -106,7 +112,9 @@ fn a_restore_ends_the_same_in_whatever_phase_its_scheduler_is_killed() {
                 assert_eq!(node.sql("SELECT n FROM t"), "1", "{restore}");
                 // The image in place, and the safety copy.
                 assert_eq!(node.images().len(), 2, "{restore}: {:?}", node.images());
+                assert_eq!(node.sql("SELECT count(*) FROM ledger"), "2", "{restore}");
             }
+            nodes[1].assert_one_state();
             killer.end();
         });
     });
@@ -116,13 +124,13 @@ fn a_restore_ends_the_same_in_whatever_phase_its_scheduler_is_killed() {
 fn a_rollback_is_completed_by_the_next_scheduler_and_can_be_undone() {
     let stage = Stage::alone();
     stage.grant();
-    let node = Node::of(stage.database("db", json!({})));
+    let node = Node::of(stage.database_in_parts("db", &json!({})));
     node.play(|| {
         let mut killer = Killer::new(&stage);
-        node.sql("CREATE TABLE t AS SELECT 1 AS n");
+        node.sql("CREATE TABLE t AS SELECT 1 AS n; INSERT INTO ledger SELECT generate_series(1, 100)");
         let backup = node.back_up("one");
         for (i, phase) in [Phase::Safeguarding, Phase::RollingBack].into_iter().enumerate() {
-            node.sql(&format!("UPDATE t SET n = {}", i + 2));
+            node.sql(&format!("UPDATE t SET n = {}; DELETE FROM ledger", i + 2));
             let restore = format!("killed-in-{}", phase.as_str().to_lowercase());
             killer.kill_in(&[phase], slice::from_ref(&restore), || {
                 node.order(&restore, json!({"to": "one", "method": "rollback"}));
@@ -131,6 +139,8 @@ fn a_rollback_is_completed_by_the_next_scheduler_and_can_be_undone() {
             node.check_completed(&status);
             assert_eq!(node.id(&node.image), backup.image.as_ref().unwrap().id);
             assert_eq!(node.sql("SELECT n FROM t"), "1", "killed in {phase:?}");
+            assert_eq!(node.sql("SELECT count(*) FROM ledger"), "100", "killed in {phase:?}");
+            node.assert_one_state();
         }
         node.restore("undo", json!({"undo": "killed-in-rollingback"}));
         assert_eq!(node.sql("SELECT n FROM t"), "3");

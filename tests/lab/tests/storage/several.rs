@@ -2,57 +2,14 @@
 
 use howdah_core::annotations::Consistency;
 use howdah_core::backup::{BackupStatus, Phase};
-use howdah_lab::postgres::DEBIAN_MAJOR;
 use howdah_lab::process::wait_until;
-use howdah_lab::stage::{BACKUP_LIMIT, Database, Node, Part, Restored, START_LIMIT, Stage, acknowledged};
+use howdah_lab::stage::{BACKUP_LIMIT, Database, Node, Restored, START_LIMIT, Server, Stage, acknowledged};
 use howdah_lab::testing::Process;
 use serde_json::{Value, json};
 
 use crate::gate::{Gate, When};
 
-/// A table on each volume, and an index of each on the other. The row of one transaction lies on both.
-const TABLES: &str = "CREATE TABLE ledger (n int PRIMARY KEY USING INDEX TABLESPACE far); \
-                      CREATE TABLE twin (n int PRIMARY KEY) TABLESPACE far";
-/// What a writer is acknowledged is in both tables, whatever the order of the snapshots.
-const TRIGGER: &str = "CREATE FUNCTION twice() RETURNS trigger LANGUAGE plpgsql AS \
-                       'BEGIN INSERT INTO twin VALUES (NEW.n); RETURN NEW; END'; \
-                       CREATE TRIGGER twice AFTER INSERT ON ledger FOR EACH ROW EXECUTE FUNCTION twice()";
-/// Rows that are in one table and not in the other, by the tables themselves and by their indexes.
-const APART: &str = "SET enable_indexscan = off; SET enable_bitmapscan = off; SET enable_indexonlyscan = off; \
-                     SELECT count(*) FROM ledger FULL JOIN twin USING (n) WHERE ledger.n IS NULL OR twin.n IS NULL; \
-                     RESET ALL; SET enable_seqscan = off; \
-                     SELECT count(*) FROM (SELECT n FROM ledger EXCEPT SELECT n FROM twin) t";
-
-fn furnish(database: &Database<'_>) {
-    let folder = database.folder("space");
-    // Not in the batch that uses it: no transaction block takes it.
-    database.sql(&format!("CREATE TABLESPACE far LOCATION '{}'", folder.display()));
-    database.sql(TABLES);
-    database.sql(TRIGGER);
-}
-
-/// Every image of the database as POOL/NAME.
-fn images(database: &Database<'_>) -> Vec<String> {
-    let parts = database.parts.iter().map(|part| part.image.clone());
-    std::iter::once(database.image.clone()).chain(parts).collect()
-}
-
-/// PostgreSQL on clones of a backup.
-fn clone(stage: &Stage, status: &BackupStatus) -> Restored {
-    let snapshot = |image: String, name: &str| format!("{image}@{name}");
-    let data = snapshot(status.image.as_ref().unwrap().spec(), &status.snapshot.as_ref().unwrap().name);
-    let parts: Vec<Part> = status
-        .parts
-        .iter()
-        .map(|part| Part {
-            volume: part.volume.clone(),
-            image: snapshot(part.image.spec(), &part.snapshot.as_ref().unwrap().name),
-        })
-        .collect();
-    Restored::start_parts(&stage.lab, DEBIAN_MAJOR, &data, &parts)
-}
-
-fn rows(server: &Restored) -> Vec<u32> {
+fn rows(server: &Server) -> Vec<u32> {
     server.sql("SELECT n FROM ledger ORDER BY n").lines().map(|n| n.parse().unwrap()).collect()
 }
 
@@ -61,11 +18,11 @@ fn wait_more(writer: &Process, more: usize) {
     assert!(wait_until(START_LIMIT, || acknowledged(writer).len() >= before + more));
 }
 
-fn assert_one_state(clone: &Restored, acknowledged: &[u32]) {
-    let found = rows(clone);
+fn assert_holds(server: &Server, acknowledged: &[u32]) {
+    let found = rows(server);
     let missing: Vec<&u32> = acknowledged.iter().filter(|n| found.binary_search(n).is_err()).collect();
     assert!(missing.is_empty(), "acknowledged rows are missing: {missing:?}");
-    assert_eq!(clone.sql(APART), "0\n0", "the volumes are of different instants");
+    server.assert_one_state();
 }
 
 #[test]
@@ -73,8 +30,7 @@ fn snapshots_of_three_volumes_are_one_state_with_every_acknowledged_row() {
     let stage = Stage::alone();
     stage.grant();
     let database = stage.database_in_parts("db", &json!({}));
-    furnish(&database);
-    let images = images(&database);
+    let images = database.images();
     // Between the snapshots of the volumes the writer goes on: the WAL's is taken last.
     let gate = Gate::new(&stage);
     let scheduler = stage.scheduler_on("scheduler-a", 18081, &gate.path());
@@ -97,8 +53,8 @@ fn snapshots_of_three_volumes_are_one_state_with_every_acknowledged_row() {
         let parts: Vec<(&str, bool)> =
             status.parts.iter().map(|part| (part.volume.as_str(), part.wal)).collect();
         assert_eq!(parts, [("space", false), ("wal", true)]);
-        let copy = clone(&stage, &status);
-        assert_one_state(&copy, &before);
+        let copy = Restored::of(&stage.lab, &status);
+        assert_holds(&copy, &before);
         assert!(copy.log().contains("redo starts at"), "{}", copy.log());
         drop(copy);
 
@@ -125,7 +81,6 @@ fn what_is_pruned_goes_from_every_volume_and_the_catalogue_knows_them_all() {
     let stage = Stage::shared();
     stage.grant();
     let mut database = stage.database_in_parts("db", &json!({"howdah.dev/retention": "last=2"}));
-    furnish(&database);
     let names = |status: &BackupStatus| status.snapshot.as_ref().unwrap().name.clone();
     let back_up = |database: &Database<'_>, name: &str| -> BackupStatus {
         database.order(name, None);
@@ -133,7 +88,7 @@ fn what_is_pruned_goes_from_every_volume_and_the_catalogue_knows_them_all() {
         assert_eq!(status.phase, Phase::Taken, "{status:?}");
         status
     };
-    let all = images(&database);
+    let all = database.images();
     let everywhere = |wanted: &[String]| {
         for image in &all {
             let mut found = stage.snapshots(image);
@@ -174,8 +129,7 @@ fn what_is_pruned_goes_from_every_volume_and_the_catalogue_knows_them_all() {
     );
     let rebuilt = stage.status("third");
     assert_eq!((rebuilt.phase, &rebuilt.parts), (Phase::Taken, &third.parts));
-    let copy = clone(&stage, &rebuilt);
-    assert_eq!(copy.sql(APART), "0\n0");
+    Restored::of(&stage.lab, &rebuilt).assert_one_state();
 }
 
 #[test]
@@ -183,7 +137,6 @@ fn a_stopped_database_of_which_nothing_tells_where_its_tablespaces_lie_is_refuse
     let stage = Stage::shared();
     stage.grant();
     let mut database = stage.database_in_parts("db", &json!({}));
-    furnish(&database);
     database.stop();
     database.order("unknown", None);
     let status = stage.wait_over("unknown");
@@ -191,8 +144,47 @@ fn a_stopped_database_of_which_nothing_tells_where_its_tablespaces_lie_is_refuse
     assert_eq!(status.phase, Phase::Failed);
     assert!(failure.reason.contains("space-db-0"), "{failure:?}");
     assert!(failure.cure.contains("take one online backup"), "{failure:?}");
-    for image in images(&database) {
+    for image in database.images() {
         assert!(stage.snapshots(&image).is_empty(), "{image}");
     }
     assert!(wait_until(BACKUP_LIMIT, || stage.status("unknown").finished_at.is_some()));
+}
+
+#[test]
+fn a_restore_of_three_volumes_is_of_all_of_them_and_so_is_its_undo() {
+    let stage = Stage::shared();
+    stage.grant();
+    let node = Node::of(stage.database_in_parts("db", &json!({})));
+    let all = || -> Vec<u32> {
+        node.assert_one_state();
+        node.sql("SELECT n FROM ledger ORDER BY n").lines().map(|n| n.parse().unwrap()).collect()
+    };
+    node.play(|| {
+        let writer = node.ledger();
+        wait_more(&writer, 20);
+        let before = acknowledged(&writer);
+        node.back_up("first");
+        wait_more(&writer, 20);
+        writer.stop().unwrap();
+        let others = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'psql' AND pid <> pg_backend_pid()";
+        assert!(wait_until(START_LIMIT, || node.sql(others) == "0"));
+        let last = all();
+
+        for (method, restore, undo) in [("swap", "swapped", "back"), ("rollback", "rolled", "back-again")] {
+            node.restore(restore, json!({"to": "first", "method": method}));
+            let old = all();
+            let missing: Vec<&u32> = before.iter().filter(|n| old.binary_search(n).is_err()).collect();
+            assert!(missing.is_empty() && old.len() < last.len(), "{method}: {missing:?}");
+            node.restore(undo, json!({"undo": restore}));
+            assert_eq!(all(), last, "the undo of {method} lost rows");
+        }
+
+        // A StatefulSet that does not mount what a backup holds gets nothing of it.
+        let mount = r#"[{"op": "test", "path": "/spec/template/spec/containers/0/volumeMounts/1/name", "value": "space"},
+            {"op": "remove", "path": "/spec/template/spec/containers/0/volumeMounts/1"}]"#;
+        stage.kubectl(&["patch", "statefulset", "db", "--type=json", "-p", mount]);
+        node.order("unmounted", json!({"to": "first"}));
+        let failure = node.wait_over("unmounted").failure.unwrap();
+        assert!(failure.reason.contains("the volume space"), "{failure:?}");
+    });
 }
