@@ -33,6 +33,12 @@ pub fn stays() -> Value {
     json!([{"key": MOVE_TAINT, "operator": "Exists", "effect": "NoExecute"}])
 }
 
+fn push(list: &mut Value, item: Value) {
+    if let Some(list) = list.as_array_mut() {
+        list.push(item);
+    }
+}
+
 /// The database of deploy/examples/postgres.yaml, in a namespace of its own.
 #[derive(Debug)]
 pub struct Database {
@@ -46,12 +52,37 @@ impl Database {
     /// Applies it to a lab in which howdah is installed, and waits until it is Ready. Others that move their databases
     /// leave it where it is.
     pub fn start(lab: Lab) -> Result<Self> {
-        Self::start_with(lab, |template| template["spec"]["tolerations"] = stays())
+        Self::start_with(lab, |set| set["spec"]["template"]["spec"]["tolerations"] = stays())
+    }
+
+    /// The same with its WAL and a tablespace, `far`, on volumes of their own.
+    pub fn start_in_parts(lab: Lab) -> Result<Self> {
+        let database = Self::start_with(lab, |set| {
+            set["spec"]["template"]["spec"]["tolerations"] = stays();
+            let mut template = set["spec"]["volumeClaimTemplates"][0].clone();
+            let container = &mut set["spec"]["template"]["spec"]["containers"][0];
+            push(&mut container["env"], json!({"name": "POSTGRES_INITDB_WALDIR", "value": "/wal/pg"}));
+            for volume in ["wal", "space"] {
+                push(
+                    &mut container["volumeMounts"],
+                    json!({"name": volume, "mountPath": format!("/{volume}")}),
+                );
+            }
+            for volume in ["wal", "space"] {
+                template["metadata"]["name"] = json!(volume);
+                template["spec"]["resources"]["requests"]["storage"] = json!("128Mi");
+                push(&mut set["spec"]["volumeClaimTemplates"], template.clone());
+            }
+        })?;
+        database.kubectl(&["exec", "db-0", "--", "install", "-d", "-o", "postgres", "/space/pg"])?;
+        database.sql("db-0", "CREATE TABLESPACE far LOCATION '/space/pg'")?;
+        database.kubectl(&["exec", "db-0", "--", "sync"])?;
+        Ok(database)
     }
 
     /// The same of one that is moved, by drains of what bears [`MOVES`] and by [`MOVE_TAINT`].
     pub fn start_to_move(lab: Lab) -> Result<Self> {
-        Self::start_with(lab, |template| template["metadata"]["labels"][MOVES] = json!("true"))
+        Self::start_with(lab, |set| set["spec"]["template"]["metadata"]["labels"][MOVES] = json!("true"))
     }
 
     fn start_with(lab: Lab, change: impl Fn(&mut Value)) -> Result<Self> {
@@ -59,7 +90,7 @@ impl Database {
         let database = Self { lab, namespace };
         let mut objects = repository::documents("deploy/examples/postgres.yaml")?;
         let sets = objects.iter_mut().filter(|object| object["kind"] == "StatefulSet");
-        sets.for_each(|set| change(&mut set["spec"]["template"]));
+        sets.for_each(&change);
         let list = json!({"apiVersion": "v1", "kind": "List", "items": objects});
         let apply = ["-n", database.namespace.name(), "apply", "-f", "-"];
         let applied = database.lab.kubectl_with_input(&apply, &list.to_string())?;

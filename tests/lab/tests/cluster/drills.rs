@@ -9,10 +9,14 @@ use howdah_lab::database::{Database, ROWS};
 
 use crate::lab;
 
+/// The rows lie on a tablespace, and what recovery needs of them in the WAL: both on volumes of their own.
 #[test]
 fn a_backup_is_proven_by_a_pod_that_is_gone_afterwards() -> Result<()> {
-    let database = Database::start(lab()?)?;
+    let database = Database::start_in_parts(lab()?)?;
+    database.sql("db-0", "ALTER DATABASE postgres SET default_tablespace = far")?;
     database.keep_rows()?;
+    let lies = "SELECT spcname FROM pg_tablespace t JOIN pg_class c ON c.reltablespace = t.oid WHERE relname = 'kept'";
+    ensure!(database.sql("db-0", lies)? == "far", "the rows lie elsewhere");
     database.annotate(&["howdah.dev/verify=always", "howdah.dev/suspend=false"])?;
     database.wait("a backup", || Ok(!database.backups()?.is_empty()))?;
     database.annotate(&["howdah.dev/suspend=true"])?;
