@@ -134,6 +134,15 @@ while IFS= read -r name; do
     } >"$work/count.sql"
     counted=$(ask -d "$name" -f "$work/count.sql" 2>"$work/error") || judge "the database $name cannot be read" "$(cat "$work/error")"
     for count in $counted; do rows=$((rows + count)); done
+    # A table of more than a segment file reads well without its last one. PostgreSQL notes how many pages there were, and
+    # lowers that after it cuts a table; one that was just cut ends exactly with a segment as good as never.
+    cut=$(ask -d "$name" -v VERBOSITY=terse -c "SELECT format('%I.%I has %s pages, which end with a segment file, and had %s', n.nspname, c.relname, s.pages, c.relpages)
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace,
+        LATERAL (SELECT pg_relation_size(c.oid) / current_setting('block_size')::int AS pages) s
+        WHERE c.relkind IN ('r', 'm', 't', 'i') AND c.relpersistence = 'p' AND s.pages BETWEEN 1 AND c.relpages - 1
+        AND s.pages % (SELECT setting::int FROM pg_settings WHERE name = 'segment_size') = 0 LIMIT 1" 2>"$work/error") ||
+        judge "the database $name cannot be read" "$(cat "$work/error")"
+    [ -z "$cut" ] || say "the database $name lacks a part: $cut"
 done <"$work/databases"
 
 # Structure of heaps and indexes, where the image has the means.

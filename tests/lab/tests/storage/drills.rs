@@ -240,12 +240,26 @@ fn a_good_backup_is_proven_and_a_damaged_one_found() {
             sync(&path);
         })
     };
+    // A whole segment file of nothing, of a table that had a page more: the next file is gone.
+    database.sql("CREATE TABLE cut AS SELECT 1 AS n");
+    database.sql("CHECKPOINT");
+    database.sql("UPDATE pg_class SET relpages = 131073 WHERE relname = 'cut'");
+    let cut: Damage = |path| {
+        let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
+        let resize = move |length: u64| {
+            file.set_len(length).unwrap();
+            file.sync_all().unwrap();
+        };
+        resize(1 << 30);
+        Box::new(move || resize(8192))
+    };
     let toast = database.sql("SELECT reltoastrelid::regclass FROM pg_class WHERE relname = 'long'");
     for (name, relation, damage, seen, tools) in [
         ("bad-page", "t", page, "invalid page", Tools::Alpine),
         ("bad-value", toast.as_str(), page, "invalid page", Tools::Debian),
         ("bad-object", "pg_largeobject", page, "invalid page", Tools::Alpine),
         ("bad-loss", "lost", loss, "No such file", Tools::Alpine),
+        ("bad-cut", "cut", cut, "public.cut has 131072 pages", Tools::Debian),
     ] {
         let file = database.sql(&format!("SELECT pg_relation_filepath('{relation}')"));
         let repair = damage(&database.mapping().path().join("data").join(file));
@@ -258,7 +272,7 @@ fn a_good_backup_is_proven_and_a_damaged_one_found() {
         let failure = status.verification.unwrap().failure.unwrap();
         // `pg_amcheck` is not everywhere.
         assert!(
-            failure.reason.contains("postgres cannot be read")
+            failure.reason.contains("the database postgres ")
                 && failure.reason.contains(seen)
                 && failure.cure.contains("do not restore"),
             "{failure:?}"
@@ -283,7 +297,9 @@ fn a_good_backup_is_proven_and_a_damaged_one_found() {
         "the newest verified one and the newest good one stay, the damaged one goes: {left:?}"
     );
     assert!(
-        ["bad-page", "bad-value", "bad-object", "bad-loss"].iter().all(|name| stage.backup(name).is_none())
+        ["bad-page", "bad-value", "bad-object", "bad-loss", "bad-cut"]
+            .iter()
+            .all(|name| stage.backup(name).is_none())
             && stage.backup("good").is_some()
     );
 }

@@ -6,7 +6,7 @@ use howdah_core::backup::Phase;
 use howdah_core::catalogue::Entry;
 use howdah_core::names;
 use howdah_lab::process::wait_until;
-use howdah_lab::stage::{BACKUP_LIMIT, LEAD_LIMIT, START_LIMIT, Stage};
+use howdah_lab::stage::{BACKUP_LIMIT, Database, LEAD_LIMIT, START_LIMIT, Stage};
 use howdah_lab::testing::Process;
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -83,7 +83,9 @@ fn scheduled_backups_are_recorded_and_old_ones_pruned_but_never_a_held_one() {
 fn a_scheduler_killed_inside_a_backup_leaves_nothing_and_the_next_one_finishes_it() {
     let stage = Stage::alone();
     stage.grant();
-    let database = stage.database("db", json!({}));
+    // The kill is for the one on several volumes; the other is hit wherever it stands.
+    let several = stage.database_in_parts("several", &json!({}));
+    let databases = [&stage.database("db", json!({})), &several];
     let mut scheduler = stage.scheduler("scheduler-a", 18081);
     let linger = Linger::of_backups(&stage);
     for (i, (phase, next)) in [
@@ -97,24 +99,39 @@ fn a_scheduler_killed_inside_a_backup_leaves_nothing_and_the_next_one_finishes_i
     .into_iter()
     .enumerate()
     {
-        let backup = format!("by-hand-{i}");
+        let backup = |database: &Database<'_>| format!("{}-{i}", database.name);
         linger.only_in([phase.as_str()]);
-        database.order(&backup, None);
-        stage.wait_phase(&backup, phase);
+        for database in databases {
+            database.order(&backup(database), None);
+        }
+        stage.wait_phase(&backup(&several), phase);
         scheduler.signal(Signal::SIGKILL).unwrap();
         assert!(scheduler.wait_gone(LEAD_LIMIT));
-        assert_eq!(stage.status(&backup).phase, phase, "it ended its phase");
+        assert_eq!(stage.status(&backup(&several)).phase, phase, "it ended its phase");
         linger.only_in([]);
-        assert!(wait_until(START_LIMIT, || database.sessions() == "0"), "backup mode outlived the scheduler");
+        for database in databases {
+            assert!(
+                wait_until(START_LIMIT, || database.sessions() == "0"),
+                "backup mode outlived the scheduler"
+            );
+        }
 
         scheduler = stage.scheduler(next, 18082);
-        let status = stage.wait_over(&backup);
-        assert_eq!(status.phase, Phase::Taken, "killed in {phase:?}: {status:?}");
-        let own = status.snapshot.unwrap().name;
-        let snapshots = database.snapshots();
-        assert_eq!(snapshots.iter().filter(|name| **name == own).count(), 1, "{snapshots:?}");
-        assert_eq!(snapshots.len(), i + 1, "a stray snapshot after a kill in {phase:?}: {snapshots:?}");
-        assert_eq!(database.sessions(), "0");
+        for database in databases {
+            let status = stage.wait_over(&backup(database));
+            assert_eq!(status.phase, Phase::Taken, "killed in {phase:?}: {status:?}");
+            let own = status.snapshot.unwrap().name;
+            for image in database.images() {
+                let snapshots = stage.snapshots(&image);
+                assert_eq!(snapshots.iter().filter(|name| **name == own).count(), 1, "{snapshots:?}");
+                assert_eq!(
+                    snapshots.len(),
+                    i + 1,
+                    "a stray snapshot after a kill in {phase:?}: {snapshots:?}"
+                );
+            }
+            assert_eq!(database.sessions(), "0");
+        }
     }
 }
 
