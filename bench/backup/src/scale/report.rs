@@ -57,8 +57,8 @@ fn page(plan: &Plan, results: &Results) -> String {
          ## All due in one slot\n\n\
          {databases} databases with the same daily slot, which the jitter spreads over five minutes. From the alarm of the tick\n\
          (every {WAKE_SECONDS} s) until its backup was recorded: p50 {p50:.2} s, p99 {p99:.2} s, longest {most:.2} s (target: p99 <= 1 s).\n\
-         Each takes its slot by creating a record, and those that wait for their turn are held as well: the memory peaked at\n\
-         {peak:.1} MiB (target: <= 200 MiB).\n\n\
+         Each takes its slot by creating a record; a part of them has somebody to run it at a time, and the others wait in the\n\
+         index of records. The memory peaked at {peak:.1} MiB (target: <= 200 MiB).\n\n\
          ![how many were recorded how long after the alarm](scale.svg)\n\n\
          ## How each figure was obtained\n\n\
          - The StatefulSets (two containers, no replicas) and the backups (phase Taken, a journal of six steps) are objects of a\n  real API server. There are no pods and no volumes, so that every backup that begins ends in its preflight.\n\
