@@ -178,6 +178,18 @@ pub struct BackupEnd {
     pub tablespace_map: String,
 }
 
+/// What changes while snapshots of several volumes are taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// Where in the WAL the last checkpoint lies that has ended, as `pg_control` on the disk says. The server writes it there
+    /// before it removes the WAL that only earlier recoveries needed (`CreateCheckPoint` in `xlog.c`).
+    pub checkpoint: String,
+    /// Up to where the WAL has reached the disk.
+    pub flushed: String,
+    /// Name and folder of each tablespace that lies outside the data directory.
+    pub tablespaces: Vec<(String, String)>,
+}
+
 /// A session that reads.
 #[derive(Debug)]
 pub struct Session {
@@ -292,25 +304,13 @@ impl Session {
         let grant = format!("GRANT pg_read_all_settings TO {};", quoted(&connection.user));
         let row = connection.row(&query, attempt, QUERY_LIMIT, Some(grant)).await?;
         let timeline: i32 = column(&row, 2, attempt)?;
-        let tablespaces = connection
-            .rows(
-                "SELECT spcname::text, pg_tablespace_location(oid) FROM pg_tablespace \
-                 WHERE pg_tablespace_location(oid) <> '' ORDER BY 1",
-                "list the tablespaces",
-                QUERY_LIMIT,
-                None,
-            )
-            .await?;
         Ok(ServerFacts {
             version: column(&row, 0, attempt)?,
             version_num: self.version_num,
             system_identifier: column(&row, 1, attempt)?,
             timeline: timeline.unsigned_abs(),
             data_directory: column(&row, 3, attempt)?,
-            tablespaces: tablespaces
-                .iter()
-                .map(|row| Ok((column(row, 0, attempt)?, column(row, 1, attempt)?)))
-                .collect::<Result<_, PostgresError>>()?,
+            tablespaces: connection.tablespaces().await?,
             fsync: column(&row, 4, attempt)?,
             full_page_writes: column(&row, 5, attempt)?,
             in_recovery: column(&row, 6, attempt)?,
@@ -381,20 +381,23 @@ impl BackupSession {
         self.connection.client.is_closed()
     }
 
-    /// Where in the WAL the last checkpoint lies that has ended, as `pg_control` on the disk says. The server writes it there
-    /// before it removes the WAL that only earlier recoveries needed (`CreateCheckPoint` in `xlog.c`).
+    /// Where the server stands.
     ///
     /// # Errors
     /// See [`PostgresError`].
-    pub async fn checkpoint(&self) -> Result<String, PostgresError> {
+    pub async fn standing(&self) -> Result<Standing, PostgresError> {
         let attempt = "read the last checkpoint";
-        let query = "SELECT checkpoint_lsn::text FROM pg_control_checkpoint()";
-        let grant = format!(
-            "GRANT EXECUTE ON FUNCTION pg_control_checkpoint() TO {};",
-            quoted(&self.connection.user)
-        );
+        let query =
+            "SELECT checkpoint_lsn::text, pg_current_wal_flush_lsn()::text FROM pg_control_checkpoint()";
+        let functions = "pg_control_checkpoint(), pg_current_wal_flush_lsn()";
+        let user = quoted(&self.connection.user);
+        let grant = format!("GRANT EXECUTE ON FUNCTION {functions} TO {user};");
         let row = self.connection.row(query, attempt, QUERY_LIMIT, Some(grant)).await?;
-        column(&row, 0, attempt)
+        Ok(Standing {
+            checkpoint: column(&row, 0, attempt)?,
+            flushed: column(&row, 1, attempt)?,
+            tablespaces: self.connection.tablespaces().await?,
+        })
     }
 
     /// Leaves backup mode, without waiting for the archive: the snapshot needs no archived WAL, and an archiver that
@@ -450,6 +453,14 @@ impl Connection {
         let wait = limit + ANSWER_MARGIN;
         let call = tokio::time::timeout(wait, self.client.query(query, &[])).await;
         self.judge(call, attempt, wait, grant.as_deref())
+    }
+
+    async fn tablespaces(&self) -> Result<Vec<(String, String)>, PostgresError> {
+        let attempt = "list the tablespaces";
+        let query = "SELECT spcname::text, pg_tablespace_location(oid) FROM pg_tablespace \
+                     WHERE pg_tablespace_location(oid) <> '' ORDER BY 1";
+        let rows = self.rows(query, attempt, QUERY_LIMIT, None).await?;
+        rows.iter().map(|row| Ok((column(row, 0, attempt)?, column(row, 1, attempt)?))).collect()
     }
 
     /// Sorts the outcome of a call by what a caller would do about it.

@@ -87,10 +87,11 @@ fn item(backup: &PostgresBackup) -> Option<Item> {
         sequence: snapshot.id,
         state,
         held: backup.annotations().contains_key(names::HOLD),
-        // Only Ceph knows; the scheduler asks it before each deletion.
+        // Only Ceph knows, as it does whether an image is there; the scheduler asks it before each deletion.
         has_clones: false,
         // One that is stuck waits for a human, who may want to look.
         in_use: !status.phase.is_terminal() || status.phase == Phase::Stuck,
+        unclear: false,
     })
 }
 

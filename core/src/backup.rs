@@ -49,6 +49,8 @@ pub const RECORD_RETRIES_MAX: u32 = 3;
 
 /// Condition: whether the backup is of the class `online`.
 pub const CONDITION_ONLINE: &str = "Online";
+/// Condition: whether it is known by now which volumes hold the database. Only set where it is not.
+pub const CONDITION_LAYOUT: &str = "Layout";
 /// Condition: whether the image was at rest, with nothing left to write.
 pub const CONDITION_AT_REST: &str = "AtRest";
 /// Condition: whether the catalogue entry stands in the metadata of the image.
@@ -65,6 +67,8 @@ pub struct Facts {
     pub parts: Vec<PartRecord>,
     /// The pod's volumes that hold nothing of it.
     pub beside: Vec<String>,
+    /// That is not PostgreSQL's word of now, but an earlier backup's.
+    pub by_record: bool,
     /// Snapshots of ours that the fullest image carries now.
     pub snapshots: usize,
     /// Snapshots of everybody that the fullest image carries, those in the trash included.
@@ -138,6 +142,8 @@ pub struct Snapshots {
     pub data: SnapshotRecord,
     /// Of each further image, in the order of [`BackupStatus::parts`].
     pub parts: Vec<SnapshotRecord>,
+    /// Up to where the WAL had reached the disk when all but the one with the WAL were taken: recovery has to come that far.
+    pub flushed: Option<String>,
 }
 
 /// What happened.
@@ -430,6 +436,16 @@ impl Run<'_> {
         self.status.image = Some(facts.image.clone());
         self.status.parts = facts.parts;
         self.status.beside = facts.beside;
+        if facts.by_record {
+            let message = format!(
+                "PostgreSQL could not be asked; that nothing of the database lies on {} is known from an earlier backup. A \
+                 tablespace that was made there since is missing: a restore drill (howdah.dev/verify) would tell",
+                self.status.beside.join(", ")
+            );
+            self.condition(CONDITION_LAYOUT, "Unknown", "ByRecord", &message);
+        } else {
+            self.status.conditions.retain(|condition| condition.kind != CONDITION_LAYOUT);
+        }
         // A request that Ceph was no longer waited for can still arrive: a librbd client that holds the lock takes
         // the snapshot when it wakes up. The first preflight saw the name free, so this one is our own.
         if facts.name_taken && self.status.steps.iter().any(|step| step.phase == Phase::Snapshotting) {
@@ -703,6 +719,7 @@ impl Run<'_> {
 
     fn keep(&mut self, taken: Snapshots) {
         self.status.snapshot = Some(taken.data);
+        self.status.flushed_lsn = taken.flushed;
         for (part, snapshot) in self.status.parts.iter_mut().zip(taken.parts) {
             part.snapshot = Some(snapshot);
         }
@@ -716,6 +733,7 @@ impl Run<'_> {
         self.status.consistency = None;
         self.status.start_lsn = None;
         self.status.stop_lsn = None;
+        self.status.flushed_lsn = None;
         self.status.timeline = None;
         self.status.label = None;
         self.status.spcmap = None;

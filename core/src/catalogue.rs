@@ -14,8 +14,10 @@ use crate::backup::{
 use crate::names;
 use crate::verify::{self, Report, VerifyStatus};
 
-/// Version of the format of [`Entry`].
+/// Version of the format of an [`Entry`] of one image.
 const FORMAT: u32 = 1;
+/// Of one of several: who does not know of the others must not take it for a whole backup.
+const FORMAT_OF_PARTS: u32 = 2;
 /// Longest entry: what one value of the metadata holds without trouble (`rbd image-meta` passes it as an argument).
 pub const ENTRY_MAX: usize = 16 * 1024;
 
@@ -67,6 +69,9 @@ pub struct Entry {
     /// What `pg_backup_start` returned.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_lsn: Option<String>,
+    /// How far recovery has to come, of several images.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flushed_lsn: Option<String>,
     /// What `pg_backup_stop` returned.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_lsn: Option<String>,
@@ -117,7 +122,7 @@ impl Entry {
     ) -> Option<Self> {
         let snapshot = status.snapshot.as_ref()?;
         Some(Self {
-            format: FORMAT,
+            format: if status.parts.is_empty() { FORMAT } else { FORMAT_OF_PARTS },
             namespace: namespace.to_owned(),
             database: database.to_owned(),
             backup: backup.to_owned(),
@@ -134,6 +139,7 @@ impl Entry {
             system_identifier: status.system_identifier.clone(),
             timeline: status.timeline,
             start_lsn: status.start_lsn.clone(),
+            flushed_lsn: status.flushed_lsn.clone(),
             stop_lsn: status.stop_lsn.clone(),
             label: status.label.clone(),
             spcmap: status.spcmap.clone(),
@@ -164,8 +170,8 @@ impl Entry {
             return Err(format!("read an entry of more than {ENTRY_MAX} bytes"));
         }
         let entry: Self = serde_json::from_str(value).map_err(|error| format!("read the entry: {error}"))?;
-        if entry.format != FORMAT {
-            return Err(format!("read an entry of format {} where {FORMAT} is known", entry.format));
+        if ![FORMAT, FORMAT_OF_PARTS].contains(&entry.format) {
+            return Err(format!("read an entry of format {} where {FORMAT_OF_PARTS} is known", entry.format));
         }
         Ok(entry)
     }
@@ -304,6 +310,7 @@ impl Entry {
             system_identifier: self.system_identifier.clone(),
             timeline: self.timeline,
             start_lsn: self.start_lsn.clone(),
+            flushed_lsn: self.flushed_lsn.clone(),
             stop_lsn: self.stop_lsn.clone(),
             label: self.label.clone(),
             spcmap: self.spcmap.clone(),
@@ -465,7 +472,7 @@ mod tests {
 
     #[test]
     fn a_newer_format_is_refused() {
-        let newer = Entry { format: FORMAT + 1, ..entry(&status()).unwrap() };
+        let newer = Entry { format: FORMAT_OF_PARTS + 1, ..entry(&status()).unwrap() };
         assert!(Entry::from_value(&newer.to_value().unwrap()).is_err());
     }
 

@@ -4,11 +4,32 @@
 
 use std::collections::BTreeSet;
 
+use crate::annotations::Consistency;
 use crate::backup::{BackupStatus, FailureKind, ImageRecord, PartRecord, Problem};
 use crate::volume::RbdVolume;
 
 /// Where the official image keeps its data when `PGDATA` is not set.
 pub const DEFAULT_DATA_DIRECTORY: &str = "/var/lib/postgresql/data";
+/// Variables that name the data directory, first come first served: of the official image, and of Bitnami's.
+pub const DATA_VARIABLES: [&str; 2] = ["PGDATA", "POSTGRESQL_DATA_DIR"];
+/// Variables that name a folder of its own for the write-ahead log, of the same images.
+pub const WAL_VARIABLES: [&str; 2] = ["POSTGRES_INITDB_WALDIR", "POSTGRESQL_INITDB_WAL_DIR"];
+/// Folders below the data that are part of it, and may be volumes of their own. Others, such as `pg_stat_tmp`, `log` or one
+/// for dumps, may be lost.
+pub const DATA_FOLDERS: [&str; 12] = [
+    "base",
+    "global",
+    "pg_clog",
+    "pg_commit_ts",
+    "pg_logical",
+    "pg_multixact",
+    "pg_replslot",
+    "pg_tblspc",
+    "pg_twophase",
+    "pg_wal",
+    "pg_xact",
+    "pg_xlog",
+];
 /// Most claims beside the one with the data directory: each adds its snapshot to the time in which no checkpoint may end.
 pub const PARTS_MAX: usize = 7;
 
@@ -76,11 +97,13 @@ pub struct PartClaim {
 
 /// The claims that hold all `places`, of which the first is the data directory.
 ///
-/// What is mounted below the data directory belongs to it. The link `pg_wal` cannot be read through SQL: the caller names
+/// What is mounted at a folder below the data directory that is part of it ([`DATA_FOLDERS`]) belongs to it. The link `pg_wal` cannot be read through SQL: the caller names
 /// the folder of `POSTGRES_INITDB_WALDIR` as a place when it is set.
 ///
 /// # Errors
-/// Names the place that lies outside a claim, or says that there are more than [`PARTS_MAX`] further claims.
+/// Names the place that lies outside a claim, or a claim that holds the WAL and something else: which of its snapshot and
+/// that of the data has to be the last then hangs on whether the WAL really lies there. Or says that there are more than
+/// [`PARTS_MAX`] further claims.
 pub fn claims(mounts: &[Mount], places: &[Place]) -> Result<Claims, Problem> {
     let Some(data) = places.first() else {
         return Err(Problem::new(
@@ -106,8 +129,18 @@ pub fn claims(mounts: &[Mount], places: &[Place]) -> Result<Claims, Problem> {
         if claim == claims.data {
             continue;
         }
-        match claims.parts.iter_mut().find(|part| part.claim == claim) {
-            Some(part) => part.wal |= place.wal,
+        match claims.parts.iter().find(|part| part.claim == claim) {
+            Some(part) if part.wal == place.wal => {}
+            Some(_) => {
+                return Err(Problem::new(
+                    FailureKind::Permanent,
+                    format!(
+                        "the claim {claim} holds the WAL and {}",
+                        place_beside(places, mounts, claim, place)
+                    ),
+                    "give the WAL a claim of its own, or keep it with the data directory",
+                ));
+            }
             None => claims.parts.push(PartClaim {
                 volume: mount.volume.clone(),
                 claim: claim.to_owned(),
@@ -126,24 +159,30 @@ pub fn claims(mounts: &[Mount], places: &[Place]) -> Result<Claims, Problem> {
     Ok(found)
 }
 
-/// The folders below the data directory that have a mount of their own, and its WAL. What is mounted there and is no claim
-/// is a file from a ConfigMap, or scratch such as `pg_stat_tmp`; the WAL is neither.
-fn inside(mounts: &[Mount], data: &str) -> Vec<Place> {
-    let data = data.trim_end_matches('/');
-    let wal = format!("{data}/pg_wal");
-    let below = mounts.iter().filter(|mount| mount.claim.is_some() && is_below(&mount.path, data));
-    let mut places = vec![Place::wal(wal.clone())];
-    places.extend(below.map(|mount| Place {
-        what: "a folder of the data directory".to_owned(),
-        path: mount.path.clone(),
-        wal: mount.path.trim_end_matches('/') == wal || is_below(&mount.path, &wal),
-    }));
-    places
+/// What lies on a claim beside `place`, for the message.
+fn place_beside<'p>(places: &'p [Place], mounts: &[Mount], claim: &str, place: &'p Place) -> &'p str {
+    let on_it = |other: &&Place| {
+        !other.wal && mount_of(mounts, &other.path).is_some_and(|mount| mount.claim.as_deref() == Some(claim))
+    };
+    places.iter().find(on_it).unwrap_or(place).what.as_str()
 }
 
-/// Whether `path` lies inside of the folder `root`.
-fn is_below(path: &str, root: &str) -> bool {
-    path.strip_prefix(root).is_some_and(|rest| rest.trim_end_matches('/').starts_with('/'))
+/// The WAL below the data directory, and what has a mount of its own there and is part of it.
+fn inside(mounts: &[Mount], data: &str) -> Vec<Place> {
+    let data = data.trim_end_matches('/');
+    let mut places = vec![Place::wal(format!("{data}/pg_wal"))];
+    for mount in mounts.iter().filter(|mount| mount.claim.is_some()) {
+        let below = mount.path.strip_prefix(data).and_then(|rest| rest.strip_prefix('/'));
+        let folder = below.and_then(|below| below.split('/').next()).unwrap_or_default();
+        if DATA_FOLDERS.contains(&folder) {
+            places.push(Place {
+                what: format!("the folder {folder} of the data directory"),
+                path: mount.path.clone(),
+                wal: ["pg_wal", "pg_xlog"].contains(&folder),
+            });
+        }
+    }
+    places
 }
 
 /// The claims of a container that may hold a part of a stopped database, beside those in `known`: its tablespaces can be
@@ -178,8 +217,14 @@ pub fn explain(
     if open.is_empty() {
         return Ok((known, Vec::new()));
     }
+    // PostgreSQL itself said it, before other claims than that of the data were looked at.
+    let on_one = |status: &BackupStatus| {
+        status.consistency == Some(Consistency::Online) && status.parts.is_empty() && status.beside.is_empty()
+    };
     let tells = |status: &&&BackupStatus| {
-        open.iter().all(|claim| part_of(status, claim).is_some() || status.beside.contains(&claim.volume))
+        let known =
+            |claim: &PartClaim| part_of(status, claim).is_some() || status.beside.contains(&claim.volume);
+        on_one(status) || open.iter().all(known)
     };
     let Some(status) = recorded.iter().find(tells) else {
         let names: Vec<&str> = open.iter().map(|claim| claim.claim.as_str()).collect();
@@ -189,7 +234,8 @@ pub fn explain(
                 "PostgreSQL cannot be asked whether tablespaces lie on {}, and no earlier backup tells",
                 names.join(", ")
             ),
-            "take one online backup while the database runs (with credentials, see howdah.dev/credentials); later ones know by it",
+            "take one online backup while the database runs, and later ones know by it: a PostgresBackup with \
+             spec.consistency: online, and credentials (howdah.dev/credentials)",
         ));
     };
     let mut beside = Vec::new();
@@ -490,6 +536,10 @@ mod tests {
             (found.parts, beside),
             (vec![part("space", "space-pg-0", false)], vec!["dumps".to_owned()])
         );
+        // One of before other claims were looked at: PostgreSQL said that all lay on the one.
+        let online = BackupStatus { consistency: Some(Consistency::Online), ..BackupStatus::default() };
+        let (found, beside) = explain(known(), &mounts, &[&silent, &online]).unwrap();
+        assert_eq!((found.parts.len(), beside), (0, vec!["space".to_owned(), "dumps".to_owned()]));
         let problem = explain(known(), &mounts, &[&silent]).unwrap_err();
         assert!(problem.reason.contains("space-pg-0, dumps-pg-0"), "{}", problem.reason);
         let (found, beside) = explain(known(), &mounts[..1], &[]).unwrap();
@@ -514,6 +564,19 @@ mod tests {
         assert_eq!(with(mount("/data/pg/postgresql.conf", None)).unwrap(), []);
         let lost = with(mount("/data/pg/pg_wal", None)).unwrap_err();
         assert!(lost.reason.contains("/data/pg/pg_wal"), "{}", lost.reason);
+    }
+
+    #[test]
+    fn a_claim_that_holds_the_wal_and_a_tablespace_is_refused() {
+        let mounts = [mount("/data", Some("data-pg-0")), mount("/fast", Some("fast-pg-0"))];
+        let places =
+            [Place::data("/data/pg"), Place::tablespace("far", "/fast/far"), Place::wal("/fast/wal")];
+        let problem = claims(&mounts, &places).unwrap_err();
+        assert!(
+            problem.reason.contains("fast-pg-0 holds the WAL and the tablespace far"),
+            "{}",
+            problem.reason
+        );
     }
 
     #[test]

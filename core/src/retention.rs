@@ -186,6 +186,8 @@ pub struct Item {
     pub has_clones: bool,
     /// An operation that is under way uses it.
     pub in_use: bool,
+    /// An image that holds a part of it is not to be seen: it may be in the trash, from which it comes back.
+    pub unclear: bool,
 }
 
 /// What is known of the backup behind a snapshot.
@@ -225,6 +227,8 @@ pub enum KeepReason {
     HasClones,
     /// An operation uses it.
     InUse,
+    /// An image of it is not to be seen.
+    Unclear,
     /// It lies in the future: the clock was wrong then, or is wrong now.
     FutureDated,
     /// The newest verified one.
@@ -261,6 +265,7 @@ impl fmt::Display for KeepReason {
             Self::Held => f.write_str("held"),
             Self::HasClones => f.write_str("has clones"),
             Self::InUse => f.write_str("used by an open operation"),
+            Self::Unclear => f.write_str("an image of it is not there, and may be in the trash"),
             Self::FutureDated => f.write_str("dated in the future"),
             Self::NewestVerified => f.write_str("newest verified"),
             Self::NewestGood => f.write_str("newest good"),
@@ -314,14 +319,14 @@ pub fn plan(
 ) -> Vec<(Item, Verdict)> {
     let mut items = items.to_vec();
     items.sort_by(|a, b| (b.taken_at, &b.snapshot).cmp(&(a.taken_at, &a.snapshot)));
-    let good = |item: &Item| matches!(item.state, ItemState::Taken | ItemState::Verified);
+    let good = |item: &Item| matches!(item.state, ItemState::Taken | ItemState::Verified) && !item.unclear;
     let present = |item: &Item| item.taken_at <= now;
     let newest = |wanted: &dyn Fn(&Item) -> bool| -> [Option<usize>; 2] {
         let by_sequence = (0..items.len()).filter(|i| wanted(&items[*i])).max_by_key(|i| items[*i].sequence);
         [by_sequence, items.iter().position(|item| present(item) && wanted(item))]
     };
     let newest_good = newest(&good);
-    let newest_verified = newest(&|item| item.state == ItemState::Verified);
+    let newest_verified = newest(&|item| item.state == ItemState::Verified && good(item));
 
     let mut reasons: Vec<Vec<KeepReason>> = Vec::with_capacity(items.len());
     for (i, item) in items.iter().enumerate() {
@@ -332,6 +337,7 @@ pub fn plan(
         keep_if(item.held, KeepReason::Held);
         keep_if(item.has_clones, KeepReason::HasClones);
         keep_if(item.in_use, KeepReason::InUse);
+        keep_if(item.unclear, KeepReason::Unclear);
         keep_if(!present(item), KeepReason::FutureDated);
         keep_if(newest_verified.contains(&Some(i)), KeepReason::NewestVerified);
         keep_if(newest_good.contains(&Some(i)), KeepReason::NewestGood);
@@ -472,7 +478,8 @@ mod tests {
         let snapshot = crate::names::snapshot_name(taken_at);
         // As long as no clock jumps, the order of the ids is that of the times.
         let sequence = taken_at.as_second().unsigned_abs();
-        Item { snapshot, taken_at, sequence, state, held: false, has_clones: false, in_use: false }
+        let [held, has_clones, in_use, unclear] = [false; 4];
+        Item { snapshot, taken_at, sequence, state, held, has_clones, in_use, unclear }
     }
 
     fn taken(text: &str) -> Item {
@@ -628,6 +635,22 @@ mod tests {
         assert_eq!(names[0], "howdah-20261120T210000Z");
     }
 
+    #[test]
+    fn a_backup_of_which_an_image_is_not_to_be_seen_is_kept_and_stands_in_for_none() {
+        let mut items =
+            vec![taken("2026-11-20T00:00:00Z"), taken("2026-11-21T00:00:00Z"), taken("2026-11-22T00:00:00Z")];
+        items[1].state = ItemState::Verified;
+        items[0].state = ItemState::Verified;
+        items[1].unclear = true;
+        let kept: Vec<bool> =
+            judged("last=1", &items).iter().map(|(_, verdict)| matches!(verdict, Verdict::Keep(_))).collect();
+        assert_eq!(
+            kept,
+            [true, true, true],
+            "the newest, the one in the trash, and the newest verified one that is there"
+        );
+    }
+
     fn histories() -> impl Strategy<Value = Vec<Item>> {
         let state = prop::sample::select(vec![
             ItemState::Foreign,
@@ -645,6 +668,7 @@ mod tests {
                     held: flags == 1,
                     has_clones: flags == 2,
                     in_use: flags == 3,
+                    unclear: flags == 4,
                     ..item(start + SignedDuration::from_hours(hours), state)
                 })
                 .collect();
@@ -687,13 +711,14 @@ mod tests {
             let plan = plan(now, &zone, Some(&policy), &items);
             prop_assert_eq!(plan.len(), items.len());
             let present = |item: &Item| item.taken_at <= now;
-            let good = |item: &Item| matches!(item.state, ItemState::Taken | ItemState::Verified);
+            let good =
+                |item: &Item| matches!(item.state, ItemState::Taken | ItemState::Verified) && !item.unclear;
             let newest = |wanted: &dyn Fn(&Item) -> bool| {
                 items.iter().filter(|item| present(item) && wanted(item)).max_by_key(|item| item.taken_at)
             };
             for (item, verdict) in &plan {
                 let Verdict::Delete(_) = verdict else { continue };
-                prop_assert!(item.state != ItemState::Foreign && !item.held && !item.has_clones && !item.in_use);
+                prop_assert!(item.state != ItemState::Foreign && !item.held && !item.has_clones && !item.in_use && !item.unclear);
                 prop_assert!(present(item));
                 prop_assert_ne!(Some(item), newest(&|item| item.state == ItemState::Verified));
                 prop_assert_ne!(Some(item), newest(&good));

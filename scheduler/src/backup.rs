@@ -44,6 +44,10 @@ impl Operation for Effects<'_> {
         status.phase.as_str()
     }
 
+    fn widens(before: &BackupStatus, status: &BackupStatus) -> bool {
+        before.parts.len() < status.parts.len()
+    }
+
     fn label(event: &Event) -> &'static str {
         match event {
             Event::Resumed => "resumed",

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use howdah_adapters::ceph::{Ceph, CephError, CephPlace, ConnectError};
 use howdah_adapters::kubernetes::KubernetesError;
-use howdah_adapters::postgres::{BackupLimits, BackupSession, PostgresError, ServerFacts, Session};
+use howdah_adapters::postgres::{BackupLimits, BackupSession, PostgresError, ServerFacts, Session, Standing};
 use howdah_adapters::records::PostgresBackup;
 use howdah_core::annotations::{Consistency, Settings};
 use howdah_core::backup::{
@@ -71,7 +71,11 @@ enum Held {
         facts: Box<ServerFacts>,
     },
     /// In backup mode.
-    Backup(BackupSession),
+    Backup {
+        session: BackupSession,
+        /// What the preflight went by.
+        tablespaces: Vec<(String, String)>,
+    },
 }
 
 /// The hands of one backup: the session it holds, and what it found.
@@ -143,7 +147,7 @@ impl<'a> Effects<'a> {
             Effect::FindSnapshot { name } => {
                 let found = self.find_snapshot(image_of(status)?, name).await?;
                 Some(match found {
-                    Some(data) => Event::SnapshotTaken(Snapshots { data, parts: Vec::new() }),
+                    Some(data) => Event::SnapshotTaken(Snapshots { data, parts: Vec::new(), flushed: None }),
                     None => Event::SnapshotMissing,
                 })
             }
@@ -162,9 +166,12 @@ impl<'a> Effects<'a> {
                 Some(Event::Pruned)
             }
             Effect::RemoveSnapshot { name } => {
+                // One that cannot be reached leaves no other behind.
+                let mut removed = Ok(());
                 for image in images_of(status)? {
-                    self.remove_snapshot(image, name).await?;
+                    removed = removed.and(self.remove_snapshot(image, name).await);
                 }
+                removed?;
                 Some(Event::Undone)
             }
             Effect::Wait { until } => self.wait(*until, status).await,
@@ -225,13 +232,13 @@ impl<'a> Effects<'a> {
             return Err(no_session());
         };
         let session = session.start_backup(label, BackupLimits::default()).await.map_err(of_postgres)?;
-        let lsn = session.start_lsn().to_owned();
-        self.held = Held::Backup(session);
-        Ok(Event::BackupModeStarted { lsn, timeline: Some(facts.timeline) })
+        let (lsn, timeline) = (session.start_lsn().to_owned(), facts.timeline);
+        self.held = Held::Backup { session, tablespaces: facts.tablespaces };
+        Ok(Event::BackupModeStarted { lsn, timeline: Some(timeline) })
     }
 
     async fn stop_backup_mode(&mut self) -> Result<Event, Problem> {
-        let Held::Backup(session) = std::mem::replace(&mut self.held, Held::Nothing) else {
+        let Held::Backup { session, .. } = std::mem::replace(&mut self.held, Held::Nothing) else {
             return Err(no_session());
         };
         let end = session.stop().await.map_err(of_postgres)?;
@@ -243,38 +250,98 @@ impl<'a> Effects<'a> {
     /// a page is written to its file after the WAL that changes it.
     async fn take_snapshots(&mut self, status: &BackupStatus, name: &str) -> Result<Event, Problem> {
         let image = image_of(status)?;
-        let before = match status.parts.is_empty() {
-            true => None,
-            false => self.checkpoint().await?,
-        };
-        if !status.parts.is_empty() && status.consistency == Some(Consistency::Online) && before.is_none() {
+        let before = self.standing().await?;
+        if status.parts.is_empty() {
+            let data = self.take_snapshot(image, name).await?;
+            self.compare(before.as_ref()).await?;
+            return Ok(Event::SnapshotTaken(Snapshots { data, parts: Vec::new(), flushed: None }));
+        }
+        if status.consistency == Some(Consistency::Online) && before.is_none() {
             return Err(no_session());
         }
         let mut parts: Vec<Option<SnapshotRecord>> = vec![None; status.parts.len()];
         let all = || status.parts.iter().enumerate();
         for (at, part) in all().filter(|(_, part)| !part.wal) {
-            parts[at] = Some(self.take_snapshot(&part.image, name).await?);
+            parts[at] = Some(self.take_new_snapshot(&part.image, name).await?);
         }
-        let data = self.take_snapshot(image, name).await?;
+        let data = self.take_new_snapshot(image, name).await?;
+        let flushed = self.standing().await?.map(|standing| standing.flushed);
         for (at, part) in all().filter(|(_, part)| part.wal) {
-            parts[at] = Some(self.take_snapshot(&part.image, name).await?);
+            parts[at] = Some(self.take_new_snapshot(&part.image, name).await?);
         }
-        if before.is_some() && self.checkpoint().await? != before {
-            return Err(Problem::new(
-                FailureKind::Transient,
-                "a checkpoint ended while the snapshots of the volumes were taken",
-                "nothing to do: they are removed, and the backup is tried again; if it happens often, raise max_wal_size and \
-                 checkpoint_timeout",
-            ));
+        let after = self.compare(before.as_ref()).await?;
+        match (&before, after) {
+            (Some(before), Some(after)) if before.checkpoint != after.checkpoint => {
+                return Err(Problem::new(
+                    FailureKind::Transient,
+                    "a checkpoint ended while the snapshots of the volumes were taken",
+                    "nothing to do: they are removed, and the backup is tried again; if it happens often, raise \
+                     max_wal_size and checkpoint_timeout",
+                ));
+            }
+            (Some(_), _) => {}
+            // Nobody wrote if nobody had it open all the time.
+            (None, _) => self.still_at_rest(status).await?,
         }
-        Ok(Event::SnapshotTaken(Snapshots { data, parts: parts.into_iter().flatten().collect() }))
+        Ok(Event::SnapshotTaken(Snapshots { data, parts: parts.into_iter().flatten().collect(), flushed }))
     }
 
-    /// The last checkpoint; `None` while the database is stopped.
-    async fn checkpoint(&self) -> Result<Option<String>, Problem> {
+    /// Where the server stands; `None` without a session in backup mode.
+    async fn standing(&self) -> Result<Option<Standing>, Problem> {
         match &self.held {
-            Held::Backup(session) => session.checkpoint().await.map(Some).map_err(of_postgres),
+            Held::Backup { session, .. } => session.standing().await.map(Some).map_err(of_postgres),
             Held::Nothing | Held::Reading { .. } => Ok(None),
+        }
+    }
+
+    /// Where it stands now, unless a tablespace came or went since the preflight: it may lie on another volume.
+    async fn compare(&self, before: Option<&Standing>) -> Result<Option<Standing>, Problem> {
+        let Some(before) = before else { return Ok(None) };
+        let after = self.standing().await?;
+        let Held::Backup { tablespaces, .. } = &self.held else { return Ok(after) };
+        let same = |standing: &Standing| standing.tablespaces == *tablespaces;
+        if same(before) && after.as_ref().is_none_or(same) {
+            return Ok(after);
+        }
+        Err(Problem::new(
+            FailureKind::Transient,
+            "a tablespace was created, moved or dropped since the backup began",
+            "nothing to do: the backup is tried again",
+        ))
+    }
+
+    /// Looks once more at the images of a stopped database.
+    async fn still_at_rest(&mut self, status: &BackupStatus) -> Result<(), Problem> {
+        let ceph = self.ceph().await?;
+        for image in images_of(status)? {
+            let spec = image.spec();
+            let open = ceph.watchers(&spec).await.map_err(of_ceph)?;
+            let open: Vec<String> = open.into_iter().map(|watcher| watcher.address).collect();
+            let owners = ceph.lock_owners(&spec).await.map_err(of_ceph)?;
+            if let Some(client) = open.iter().chain(&owners).next() {
+                return Err(Problem::new(
+                    FailureKind::Transient,
+                    format!(
+                        "the image {spec} was opened by {client} while the snapshots of the volumes were taken"
+                    ),
+                    "nothing to do: they are removed, and the backup is tried again",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// One of several: it has to be of now.
+    async fn take_new_snapshot(
+        &mut self,
+        image: &ImageRecord,
+        name: &str,
+    ) -> Result<SnapshotRecord, Problem> {
+        let ceph = self.ceph().await?;
+        match ceph.create_snapshot(&image.spec(), name).await {
+            Ok(()) => self.listed(image, name).await,
+            // It arrived late, of an attempt before this one or of a leader before this one.
+            Err(error) => Err(of_ceph(error)),
         }
     }
 
@@ -282,17 +349,19 @@ impl<'a> Effects<'a> {
         let ceph = self.ceph().await?;
         match ceph.create_snapshot(&image.spec(), name).await {
             // The preflight saw that the name was free, so it is our own from before a lost answer.
-            Ok(()) | Err(CephError::AlreadyExists { .. }) => {}
-            Err(error) => return Err(of_ceph(error)),
+            Ok(()) | Err(CephError::AlreadyExists { .. }) => self.listed(image, name).await,
+            Err(error) => Err(of_ceph(error)),
         }
-        match self.find_snapshot(image, name).await? {
-            Some(snapshot) => Ok(snapshot),
-            None => Err(Problem::new(
+    }
+
+    async fn listed(&mut self, image: &ImageRecord, name: &str) -> Result<SnapshotRecord, Problem> {
+        self.find_snapshot(image, name).await?.ok_or_else(|| {
+            Problem::new(
                 FailureKind::Transient,
                 format!("the snapshot {name} was taken but is not listed"),
                 "look who else removes snapshots of this image",
-            )),
-        }
+            )
+        })
     }
 
     async fn find_snapshot(

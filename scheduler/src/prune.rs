@@ -30,7 +30,7 @@ use kube::{Api, Client, ResourceExt as _};
 use thiserror::Error;
 use tracing::{debug, info, warn};
 
-use self::parts::Parts;
+use self::parts::{Parts, Wholeness};
 use crate::run::Record;
 
 /// Pause between two deletions: each one makes every OSD trim objects in the background.
@@ -295,7 +295,7 @@ impl Pruning<'_> {
             let name = &snapshot.name;
             let own: Vec<&PostgresBackup> =
                 records.iter().filter(|record| is_of(record, snapshot, image)).collect();
-            let whole = parts.are_whole(shelf, snapshot, &own);
+            let whole = parts.of(shelf, snapshot, &own);
             // Without a record the copy of the hold counts, until the catalogue was rebuilt.
             let mut held = own.is_empty() && metadata.contains_key(&names::hold_meta_key(name));
             let (mut in_use, mut taken, mut verified, mut damaged) = (false, false, false, false);
@@ -321,7 +321,7 @@ impl Pruning<'_> {
             let slot = names::slot_of_snapshot(name).filter(|_| snapshot.by_user);
             let state = match slot {
                 None => ItemState::Foreign,
-                Some(_) if !whole => ItemState::Unfinished,
+                Some(_) if whole == Wholeness::Lacking => ItemState::Unfinished,
                 Some(_) if damaged => ItemState::Damaged,
                 Some(_) if verified => ItemState::Verified,
                 Some(_) if taken || catalogued || just_taken => ItemState::Taken,
@@ -334,6 +334,7 @@ impl Pruning<'_> {
                 state,
                 held,
                 has_clones: snapshot.protected,
+                unclear: whole == Wholeness::Unclear,
                 in_use: (in_use && !just_taken) || wanted.contains(&(image.id.clone(), snapshot.id)),
             }
         };

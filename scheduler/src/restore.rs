@@ -214,6 +214,10 @@ impl Operation for Restore<'_> {
         status.phase.as_str()
     }
 
+    fn widens(before: &RestoreStatus, status: &RestoreStatus) -> bool {
+        before.parts.len() < status.parts.len()
+    }
+
     fn label(event: &Event) -> &'static str {
         match event {
             Event::Resumed => "resumed",

@@ -68,6 +68,11 @@ pub trait Operation: Send {
     fn first_event(record: &Self::Record) -> Option<Self::Event>;
     /// Where it stands, for the log.
     fn phase(status: &StatusOf<Self>) -> &'static str;
+    /// Whether `status` has fields for the first time that an older definition of the record does not know. The API server
+    /// would take it without them, and say nothing.
+    fn widens(_before: &StatusOf<Self>, _status: &StatusOf<Self>) -> bool {
+        false
+    }
     /// What happened, for the log.
     fn label(event: &Self::Event) -> &'static str;
     /// The next status and what to do.
@@ -144,6 +149,10 @@ pub async fn run<O: Operation>(
     }
 }
 
+/// What is wrong when the API server answers with another status than it was given.
+const LOSES_FIELDS: &str = "the API server does not keep all of it: its CustomResourceDefinitions are of an older version, \
+                            apply deploy/base/crds";
+
 /// The record of one operation, written before each effect.
 struct Journal<O: Operation> {
     api: Api<O::Record>,
@@ -168,6 +177,17 @@ impl<O: Operation> Journal<O> {
     async fn write(&mut self, status: StatusOf<O>) -> anyhow::Result<()> {
         let name = self.record.name_any();
         let attempt = format!("write the status of the {} {}/{name}", O::NOUN, self.namespace);
+        if O::widens(&self.status(), &status) {
+            // Nothing is written: whoever took up what is left of the record would go on with half of it.
+            let rehearsal = PostParams { dry_run: true, ..PostParams::default() };
+            let mut next = self.record.clone();
+            *next.status_mut() = Some(status.clone());
+            match call(attempt.as_str(), self.api.replace_status(&name, &rehearsal, &next)).await {
+                Ok(written) if written.status() != Some(&status) => bail!("{attempt}: {LOSES_FIELDS}"),
+                Ok(_) | Err(KubernetesError::Conflict { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
         for left in (0..WRITE_TRIES).rev() {
             let mut next = self.record.clone();
             *next.status_mut() = Some(status.clone());
@@ -175,6 +195,9 @@ impl<O: Operation> Journal<O> {
             match call(attempt.as_str(), self.api.replace_status(&name, &parameters, &next)).await {
                 Ok(written) => {
                     self.record = written;
+                    if self.record.status() != Some(&status) {
+                        bail!("{attempt}: {LOSES_FIELDS}");
+                    }
                     return Ok(());
                 }
                 Err(KubernetesError::Conflict { .. }) => {

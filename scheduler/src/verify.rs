@@ -162,7 +162,9 @@ impl Drill<'_> {
         for (claim, mounted_as) in wanted {
             disks.push(self.disk(&namespace, &claim, mounted_as).await?);
         }
-        Ok(Original { disks, pod, container, query })
+        // A snapshot that was taken after backup mode had begun holds the WAL up to there.
+        let reaches = status.flushed_lsn.clone().or_else(|| status.start_lsn.clone());
+        Ok(Original { disks, pod, container, query, reaches })
     }
 
     /// A volume of the database.

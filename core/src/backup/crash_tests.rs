@@ -30,6 +30,7 @@ fn facts(database: Database) -> Facts {
         image: image(),
         parts: Vec::new(),
         beside: Vec::new(),
+        by_record: false,
         snapshots: 1,
         snapshots_in_all: 2,
         no_room: None,
@@ -58,7 +59,7 @@ fn of_part(part: &str) -> String {
 
 fn taken(name: &str, parts: usize) -> Event {
     let snapshot = |id| SnapshotRecord { name: name.to_owned(), id, size: 1 << 30 };
-    Event::SnapshotTaken(Snapshots { data: snapshot(4), parts: vec![snapshot(5); parts] })
+    Event::SnapshotTaken(Snapshots { data: snapshot(4), parts: vec![snapshot(5); parts], flushed: None })
 }
 
 fn transient() -> Problem {
@@ -438,6 +439,21 @@ fn a_database_that_does_not_answer_is_snapshotted_on_the_second_attempt() {
     check(&status, &world);
     assert_eq!((status.phase, status.attempt), (Phase::Taken, ATTEMPTS_BEFORE_DOWNGRADE));
     assert_eq!(status.consistency, Some(Consistency::Crash));
+}
+
+#[test]
+fn what_is_known_of_the_volumes_from_a_record_alone_is_said() {
+    let judge = |by_record| {
+        let facts =
+            Facts { beside: vec!["dumps".to_owned()], by_record, ..facts(Database::Stopped { doubt: None }) };
+        let order = order(WantedConsistency::Default);
+        let (status, _) = next(&order, &BackupStatus::default(), Event::Resumed, slot()).unwrap();
+        let (status, _) = next(&order, &status, Event::PreflightPassed(Box::new(facts)), slot()).unwrap();
+        status.conditions.into_iter().find(|condition| condition.kind == CONDITION_LAYOUT)
+    };
+    let said = judge(true).unwrap();
+    assert!(said.status == "Unknown" && said.message.contains("on dumps is known"), "{said:?}");
+    assert_eq!(judge(false), None);
 }
 
 #[test]

@@ -167,6 +167,10 @@ pub struct BackupStatus {
     /// What `pg_backup_start` returned.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub start_lsn: Option<String>,
+    /// Several volumes: up to where the WAL had reached the disk when the snapshots of all but the WAL were there. A
+    /// recovery that ends before it is of snapshots in another order.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub flushed_lsn: Option<String>,
     /// What `pg_backup_stop` returned.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stop_lsn: Option<String>,

@@ -8,17 +8,13 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use super::json;
-use crate::preflight::DEFAULT_DATA_DIRECTORY;
+use crate::preflight::{DATA_FOLDERS, DATA_VARIABLES, DEFAULT_DATA_DIRECTORY, WAL_VARIABLES};
 
 /// Parts of the names of images that serve PostgreSQL or look after it, and are not it.
 const NOT_A_SERVER: [&str; 9] =
     ["exporter", "pgbouncer", "pgpool", "pgbackrest", "pgadmin", "pgwatch", "backup", "wal-g", "postgrest"];
 /// The first version of the official image that keeps its data in a folder of its version.
 const VERSIONED_FOLDERS_SINCE: u32 = 18;
-/// Variables that name the folder of the data, first come first served.
-const DATA_VARIABLES: [&str; 2] = ["PGDATA", "POSTGRESQL_DATA_DIR"];
-/// Variables that name a folder of its own for the write-ahead log.
-const WAL_VARIABLES: [&str; 2] = ["POSTGRES_INITDB_WALDIR", "POSTGRESQL_INITDB_WAL_DIR"];
 /// Where images that are not known keep their data, if they are PostgreSQL: as the official one, as those of Fedora and Red
 /// Hat, as Bitnami's, as Patroni's and as Crunchy's.
 const USUAL_FOLDERS: [&str; 5] = [
@@ -28,9 +24,6 @@ const USUAL_FOLDERS: [&str; 5] = [
     "/home/postgres/pgdata",
     "/pgdata",
 ];
-/// Folders below the data that are part of it, and may be volumes of their own. Others, such as `pg_stat_tmp`, may be lost.
-const PARTS: [&str; 3] = ["pg_wal", "pg_xlog", "pg_tblspc"];
-
 /// What a well-known image does when nothing says where its data goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Family {
@@ -158,7 +151,7 @@ impl<'a> Server<'a, '_> {
         for (path, _) in &self.mounts {
             let below = path.strip_prefix(root.as_str()).and_then(|rest| rest.strip_prefix('/'));
             let part = below.and_then(|below| below.split('/').next()).unwrap_or_default();
-            if PARTS.contains(&part) {
+            if DATA_FOLDERS.contains(&part) {
                 let field = format!("{}.volumeMounts[{path}]", self.path);
                 places.push(Place { named, init, ..self.place(field, (*path).to_owned(), named) });
             }

@@ -115,12 +115,13 @@ impl Effects<'_> {
         };
         let server = match &self.held {
             Held::Reading { facts, .. } => Some(facts.as_ref()),
-            Held::Nothing | Held::Backup(_) => None,
+            Held::Nothing | Held::Backup { .. } => None,
         };
         if let Some(facts) = server {
             fit(facts)?;
         }
         let claims = preflight::claims(&mounts, &places(&container, server))?;
+        let unasked = server.is_none();
         let (claims, beside) = match server {
             Some(_) => {
                 let beside = preflight::unexplained(&mounts, &claims);
@@ -159,6 +160,7 @@ impl Effects<'_> {
         };
         let most = |count: fn(&Seen) -> usize| seen.iter().map(count).max().unwrap_or_default();
         Ok(Facts {
+            by_record: unasked && !beside.is_empty(),
             parts,
             beside,
             snapshots: most(|seen| seen.snapshots),
@@ -410,7 +412,8 @@ fn plain_env(container: &Container, name: &str) -> Option<String> {
 }
 
 fn data_directory(container: &Container) -> Place {
-    Place::data(plain_env(container, "PGDATA").unwrap_or_else(|| DEFAULT_DATA_DIRECTORY.to_owned()))
+    let named = preflight::DATA_VARIABLES.into_iter().find_map(|variable| plain_env(container, variable));
+    Place::data(named.unwrap_or_else(|| DEFAULT_DATA_DIRECTORY.to_owned()))
 }
 
 /// Every folder the backup must hold: as PostgreSQL says, or as the pod says while it cannot be asked.
@@ -418,9 +421,11 @@ pub fn places(container: &Container, server: Option<&ServerFacts>) -> Vec<Place>
     let mut places = vec![data_directory(container)];
     if let Some(facts) = server {
         places[0].path.clone_from(&facts.data_directory);
-        places.extend(facts.tablespaces.iter().map(|(name, path)| Place::tablespace(name, path.clone())));
+        // One that is in place (allow_in_place_tablespaces) has a path inside the data directory.
+        let outside = facts.tablespaces.iter().filter(|(_, path)| path.starts_with('/'));
+        places.extend(outside.map(|(name, path)| Place::tablespace(name, path.clone())));
     }
-    let wal = plain_env(container, "POSTGRES_INITDB_WALDIR");
+    let wal = preflight::WAL_VARIABLES.into_iter().filter_map(|variable| plain_env(container, variable));
     places.extend(wal.map(Place::wal));
     places
 }

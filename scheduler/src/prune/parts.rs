@@ -20,11 +20,24 @@ use super::{Held, PruneError, Pruning};
 /// takes, or its undoing.
 const LEFT_AFTER: SignedDuration = SignedDuration::from_hours(24);
 
+/// Whether all parts of a backup are there.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wholeness {
+    /// They are.
+    Whole,
+    /// The snapshot of one is gone from its image.
+    Lacking,
+    /// An image of one is gone, or in the trash.
+    Unclear,
+}
+
 /// The images of the parts.
 pub(super) struct Parts {
     /// For each part of the backup that just succeeded its image, and those that that took the place of.
     lineages: Vec<Vec<Held>>,
-    /// The snapshots of those and of every other image that a record names, by the image's id. One that is gone is absent.
+    /// Every other image that a record or the catalogue names.
+    others: Vec<Held>,
+    /// The snapshots of all of them, by the image's id. One that is gone is absent.
     snapshots: BTreeMap<String, Vec<Snapshot>>,
 }
 
@@ -40,19 +53,25 @@ impl Parts {
         self.lineages.iter()
     }
 
-    /// Whether every part of a backup is there, by its record or else by the catalogue.
-    pub(super) fn are_whole(&self, held: &Held, snapshot: &Snapshot, own: &[&PostgresBackup]) -> bool {
+    /// What is there of the parts of a backup, by its record or else by the catalogue.
+    pub(super) fn of(&self, held: &Held, snapshot: &Snapshot, own: &[&PostgresBackup]) -> Wholeness {
         let recorded = own.iter().filter_map(|record| record.status.as_ref());
         let mut recorded: Vec<PartRecord> = recorded.flat_map(|status| status.parts.clone()).collect();
         if own.is_empty() {
             recorded.extend(held.entry(snapshot).into_iter().flat_map(|entry| entry.parts));
         }
-        recorded.iter().all(|part| {
+        let mut found = Wholeness::Whole;
+        for part in &recorded {
             // One that is being taken is in use.
-            let Some(wanted) = &part.snapshot else { return true };
-            let there = self.snapshots.get(&part.image.id);
-            there.is_some_and(|there| there.iter().any(|found| found.id == wanted.id))
-        })
+            let Some(wanted) = &part.snapshot else { continue };
+            match self.snapshots.get(&part.image.id) {
+                // Of an image that is not there nothing is known.
+                None => return Wholeness::Unclear,
+                Some(there) if there.iter().all(|found| found.id != wanted.id) => found = Wholeness::Lacking,
+                Some(_) => {}
+            }
+        }
+        found
     }
 }
 
@@ -73,12 +92,15 @@ impl Pruning<'_> {
             .map(|part| (part.image.id.clone(), part.image))
             .filter(|(id, _)| !snapshots.contains_key(id))
             .collect();
+        let mut others = Vec::new();
         for (id, image) in named {
             if let Some(image) = self.named_now(&image).await? {
-                snapshots.insert(id, self.ceph.snapshots(&image.spec()).await?);
+                let held = self.held(image).await?;
+                snapshots.insert(id, held.snapshots.clone());
+                others.push(held);
             }
         }
-        Ok(Parts { lineages, snapshots })
+        Ok(Parts { lineages, others, snapshots })
     }
 
     /// The image by the name it has now; `None` when it is gone.
@@ -137,7 +159,7 @@ impl Pruning<'_> {
     ) -> Result<(), PruneError> {
         let data: OfData =
             all.iter().map(|held| (held.image.id.clone(), names_of(&held.snapshots))).collect();
-        for held in parts.lineages.iter().flatten() {
+        for held in parts.lineages.iter().flatten().chain(&parts.others) {
             let outlived = |data: &OfData| -> Vec<String> {
                 let of_users = names_of(&held.snapshots).into_iter();
                 let entries =
@@ -192,4 +214,78 @@ fn is_wanted(records: &[PostgresBackup], name: &str) -> bool {
             name == names::snapshot_name(slot) || name == names::manual_snapshot_name(slot)
         })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn snapshot(id: u64) -> Snapshot {
+        Snapshot { id, name: "howdah-20261122T030000Z".to_owned(), size: 1, by_user: true, protected: false }
+    }
+
+    fn image(id: &str) -> ImageRecord {
+        ImageRecord {
+            pool: "p".to_owned(),
+            rados_namespace: String::new(),
+            name: format!("csi-vol-{id}"),
+            id: id.to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_part_that_was_removed_is_told_from_an_image_that_may_be_in_the_trash() {
+        let record = |parts: serde_json::Value| -> PostgresBackup {
+            serde_json::from_value(json!({
+                "apiVersion": "howdah.dev/v1alpha1", "kind": "PostgresBackup", "metadata": {"name": "b"},
+                "spec": {"statefulSet": "db"}, "status": {"phase": "Verified", "parts": parts}
+            }))
+            .unwrap()
+        };
+        let wal = json!([{"volume": "wal", "wal": true, "image": image("2"),
+            "snapshot": {"name": "howdah-20261122T030000Z", "id": 7, "size": 1}}]);
+        let data = Held { image: image("1"), snapshots: vec![snapshot(4)], metadata: BTreeMap::new() };
+        let found = |images: &[(&str, u64)], record: &PostgresBackup| {
+            let snapshots = images.iter().map(|(id, own)| ((*id).to_owned(), vec![snapshot(*own)])).collect();
+            Parts { lineages: Vec::new(), others: Vec::new(), snapshots }.of(&data, &snapshot(4), &[record])
+        };
+        let (whole, alone) = (record(wal), record(json!([])));
+        assert!(found(&[("2", 7)], &whole) == Wholeness::Whole);
+        assert!(found(&[("2", 8)], &whole) == Wholeness::Lacking);
+        assert!(found(&[("3", 7)], &whole) == Wholeness::Unclear);
+        assert!(found(&[], &alone) == Wholeness::Whole);
+    }
+
+    #[test]
+    fn what_outlived_its_backup_is_told_from_what_is_being_made() {
+        let now = "2026-11-23T12:00:00Z".parse().unwrap();
+        let name = snapshot(7).name;
+        let part = |entry: Option<&str>| Held {
+            image: image("2"),
+            snapshots: vec![snapshot(7)],
+            metadata: entry
+                .map(|of| {
+                    let entry = json!({"format": 2, "namespace": "shop", "database": "db", "backup": "b",
+                        "slot": "2026-11-22T03:00:00Z", "trigger": "Schedule", "consistency": "online",
+                        "snapshot": name, "snapshotId": 4, "imageId": of});
+                    (names::image_meta_key(&name), entry.to_string())
+                })
+                .into_iter()
+                .collect(),
+        };
+        let data = |names: &[&str]| -> OfData {
+            [("1".to_owned(), names.iter().map(|name| (*name).to_owned()).collect())].into()
+        };
+        let nobodys = |part: &Held, data: &OfData, now| belongs_to_nobody(&name, part, data, now);
+        assert!(nobodys(&part(Some("1")), &data(&[]), now), "its like is gone");
+        assert!(!nobodys(&part(Some("1")), &data(&[&name]), now));
+        assert!(!nobodys(&part(Some("9")), &data(&[]), now), "of an image that is not known");
+        assert!(nobodys(&part(None), &data(&[]), now), "left behind a day ago");
+        assert!(
+            !nobodys(&part(None), &data(&[]), "2026-11-22T04:00:00Z".parse().unwrap()),
+            "just being taken"
+        );
+        assert!(!belongs_to_nobody("before-upgrade", &part(None), &data(&[]), now), "somebody else's");
+    }
 }

@@ -6,6 +6,7 @@ use howdah_adapters::ceph::{Ceph, ImageInfo};
 use howdah_adapters::kubernetes::{call, find};
 use howdah_adapters::records::PostgresBackup;
 use howdah_core::backup::{ImageRecord, Phase as BackupPhase, Problem};
+use howdah_core::preflight::PartClaim;
 use howdah_core::restore::{Facts, JournalRecord, Method, RestoredPart, Source, VolumeRecord};
 use howdah_core::volume::RbdVolume;
 use howdah_core::{names, preflight};
@@ -64,9 +65,11 @@ impl Restore<'_> {
         let template = spec.template.spec.as_ref().ok_or_else(|| strange("the template has no pod spec"))?;
         let claim_name = |volume: &str| claim_of_template(&database, template, volume);
         let (container, mounts) = database_container(template, &claim_name)?;
-        let of_data = preflight::claims(&mounts, &places(container, None))?.data;
+        let preflight::Claims { data: of_data, parts } =
+            preflight::claims(&mounts, &places(container, None))?;
 
         let wanted = self.wanted(&name, &backups).await?;
+        holds_all(&wanted, &parts)?;
         let ceph = self.ceph().await?;
         let pod = self.pod(&database).await?;
         let claims = wanted.kept.iter().map(|kept| match &kept.volume {
@@ -204,6 +207,24 @@ fn facts_of(
         incoming: data.incoming,
         parts: parts.collect(),
     })
+}
+
+/// Whether what is restored holds every volume that the database is mounted on: old data does not go with newer WAL.
+fn holds_all(wanted: &Wanted, parts: &[PartClaim]) -> Result<(), Problem> {
+    let held = |part: &PartClaim| wanted.kept.iter().any(|kept| kept.volume.as_ref() == Some(&part.volume));
+    match parts.iter().find(|part| !held(part)) {
+        Some(part) => Err(permanent(
+            format!(
+                "a part of the database lies on the volume {} (claim {}), and {} does not hold it",
+                part.volume,
+                part.claim,
+                wanted.noun()
+            ),
+            "choose a backup that was taken since the database lies there, or restore with --into a StatefulSet without \
+             that mount",
+        )),
+        None => Ok(()),
+    }
 }
 
 /// The claim of a further volume. It is found by the name that the pod had for it, which tells one tablespace from another.

@@ -79,6 +79,12 @@ judge() {
     give_up "$1: $(printf '%s\n' "$2" | tail -n 1)"
 }
 
+# The links of the data directory lead to where the volumes were mounted when the backup was taken.
+for link in "$PGDATA"/pg_wal "$PGDATA"/pg_tblspc/*; do
+    [ ! -L "$link" ] || [ -d "$link" ] ||
+        give_up "the link ${link#"$PGDATA"/} leads to $(readlink "$link"), where nothing is mounted: the backup lacks that volume, or it was mounted elsewhere then"
+done
+
 # A kubelet that applies an fsGroup opens it to the group, and PostgreSQL refuses that; the images' entrypoints close it, too.
 chmod 0700 "$PGDATA"
 # The clone is of a running server, which is not here.
@@ -113,6 +119,12 @@ until [ "$(ask -d postgres -c 'SELECT pg_is_in_recovery()' 2>"$work/error")" = f
     sleep 0.2
 done
 recovery_ms=$(($(now_ms) - started))
+# The checkpoint at the end of recovery lies where the WAL ended that was there.
+if [ -n "${HOWDAH_REACHES:-}" ]; then
+    ended=$(ask -d postgres -c 'SELECT checkpoint_lsn FROM pg_control_checkpoint()')
+    [ "$(ask -d postgres -c "SELECT '$ended'::pg_lsn >= '$HOWDAH_REACHES'::pg_lsn")" = t ] ||
+        say "recovery ended at $ended in the WAL, before $HOWDAH_REACHES, which the data is newer than"
+fi
 version=$(ask -d postgres -c 'SHOW server_version')
 identifier=$(ask -d postgres -c 'SELECT system_identifier FROM pg_control_system()')
 [ "$(ask -d postgres -c 'SHOW data_checksums')" = on ] && checksums=true || checksums=false

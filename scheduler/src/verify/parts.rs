@@ -40,6 +40,8 @@ pub struct Original {
     pub container: Container,
     /// What is asked of the data.
     pub query: VerifyQuery,
+    /// Where in the WAL recovery must not end before, if that is known.
+    pub reaches: Option<String>,
 }
 
 /// The name of everything a drill makes.
@@ -132,7 +134,7 @@ impl Made {
 }
 
 fn pod_spec(uid: &str, original: &Original) -> Value {
-    let Original { container, pod, query, .. } = original;
+    let Original { container, pod, query, reaches, .. } = original;
     let volume = |n: usize| format!("disk-{n}");
     let all = || container.volume_mounts.iter().flatten();
     let mounts: Vec<Value> = original
@@ -165,7 +167,8 @@ fn pod_spec(uid: &str, original: &Original) -> Value {
         all().find(|mount| original.disks.first().is_some_and(|data| data.mounted_as.contains(&mount.name)));
     env.extend(mount.map(|mount| json!({"name": "HOWDAH_MOUNT", "value": mount.mount_path})));
     env.extend(plain("PGDATA").map(|path| json!({"name": "PGDATA", "value": path})));
-    let asked = [("HOWDAH_QUERY", &query.query), ("HOWDAH_DATABASE", &query.database)];
+    let asked =
+        [("HOWDAH_QUERY", &query.query), ("HOWDAH_DATABASE", &query.database), ("HOWDAH_REACHES", reaches)];
     env.extend(
         asked.into_iter().filter_map(|(name, value)| Some(json!({"name": name, "value": value.as_ref()?}))),
     );
@@ -230,6 +233,7 @@ mod tests {
             container: pod.containers[0].clone(),
             pod,
             query: VerifyQuery::default(),
+            reaches: None,
         }
     }
 

@@ -92,6 +92,7 @@ fn full_status() -> BackupStatus {
         system_identifier: Some("7575757575757575757".to_owned()),
         timeline: Some(1),
         start_lsn: text(),
+        flushed_lsn: text(),
         stop_lsn: text(),
         label: text(),
         spcmap: text(),

@@ -3,7 +3,9 @@
 use howdah_core::annotations::Consistency;
 use howdah_core::backup::{BackupStatus, Phase};
 use howdah_lab::process::wait_until;
-use howdah_lab::stage::{BACKUP_LIMIT, Database, Node, Restored, START_LIMIT, Server, Stage, acknowledged};
+use howdah_lab::stage::{
+    BACKUP_LIMIT, Database, Node, Restored, START_LIMIT, Server, Stage, acknowledged, install_definitions,
+};
 use howdah_lab::testing::Process;
 use serde_json::{Value, json};
 
@@ -179,6 +181,14 @@ fn a_restore_of_three_volumes_is_of_all_of_them_and_so_is_its_undo() {
             assert_eq!(all(), last, "the undo of {method} lost rows");
         }
 
+        // A backup that does not hold all volumes is not put among those that it does not hold.
+        let two = serde_json::to_value(stage.status("first").parts).unwrap().as_array().unwrap()[..1].to_vec();
+        let lacks_wal = json!({"status": {"parts": two}}).to_string();
+        stage.kubectl(&["patch", "pgb", "first", "--subresource=status", "--type=merge", "-p", &lacks_wal]);
+        node.order("lacking", json!({"to": "first"}));
+        let failure = node.wait_over("lacking").failure.unwrap();
+        assert!(failure.reason.contains("lies on the volume wal"), "{failure:?}");
+
         // A StatefulSet that does not mount what a backup holds gets nothing of it.
         let mount = r#"[{"op": "test", "path": "/spec/template/spec/containers/0/volumeMounts/1/name", "value": "space"},
             {"op": "remove", "path": "/spec/template/spec/containers/0/volumeMounts/1"}]"#;
@@ -187,4 +197,30 @@ fn a_restore_of_three_volumes_is_of_all_of_them_and_so_is_its_undo() {
         let failure = node.wait_over("unmounted").failure.unwrap();
         assert!(failure.reason.contains("the volume space"), "{failure:?}");
     });
+}
+
+#[test]
+fn an_api_server_that_does_not_know_of_parts_gets_no_half_of_a_record() {
+    let stage = Stage::alone();
+    stage.grant();
+    let database = stage.database_in_parts("db", &json!({}));
+    let scheduler = stage.scheduler("scheduler-a", 18081);
+    // As before there were any.
+    let path = "/spec/versions/0/schema/openAPIV3Schema/properties/status/properties/parts";
+    let remove = json!([{"op": "remove", "path": path}]).to_string();
+    let definition = "postgresbackups.howdah.dev";
+    stage.lab.kubectl_ok(&["patch", "crd", definition, "--type=json", "-p", &remove]).unwrap();
+    database.order("by-hand", None);
+    let told = || scheduler.output().unwrap().contains("apply deploy/base/crds");
+    let found = wait_until(BACKUP_LIMIT, told);
+    let status = stage.status("by-hand");
+    install_definitions(&stage.lab);
+    assert!(found, "{}", scheduler.output().unwrap());
+    assert_eq!(status.phase, Phase::Preflight, "{status:?}");
+    for image in database.images() {
+        assert!(stage.snapshots(&image).is_empty(), "{image}");
+    }
+    let status = stage.wait_over("by-hand");
+    assert_eq!((status.phase, status.parts.len()), (Phase::Taken, 2), "{status:?}");
+    scheduler.stop().unwrap();
 }
