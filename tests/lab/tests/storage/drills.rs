@@ -302,6 +302,14 @@ fn a_good_backup_is_proven_and_a_damaged_one_found() {
             .all(|name| stage.backup(name).is_none())
             && stage.backup("good").is_some()
     );
+
+    // A WAL that ends before what the data was known to hold is of another instant.
+    let later = json!({"status": {"flushedLsn": "FF/0"}}).to_string();
+    stage.kubectl(&["patch", "pgb", "third", "--subresource=status", "--type=merge", "-p", &later]);
+    stage.ask("third", "by-hand");
+    stage.play_drill("third", &Tools::Debian);
+    let failure = stage.wait_drilled("third").verification.unwrap().failure.unwrap();
+    assert!(failure.reason.contains("recovery ended at 0/"), "{failure:?}");
 }
 
 #[test]
