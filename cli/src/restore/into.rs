@@ -35,25 +35,29 @@ pub async fn plan(client: &Client, namespace: &str, spec: &PostgresRestoreSpec) 
     let (of, name) = (&spec.stateful_set, spec.target());
     let set = call(format!("get the StatefulSet {namespace}/{of}"), sets(client, namespace).get(of)).await?;
     let set = serde_json::to_value(set).context("read the StatefulSet")?;
+    // What the manifest or the claim lacks is told before what the backups do.
+    let (original, copied) = (copy::claim_name(&set, of)?, copy::claim_name(&set, name)?);
+    let data = claim_of(client, namespace, &original).await?;
     let backup = backup(client, namespace, spec).await?;
     let snapshot = backup.snapshot.context("read the size of the backup: it records none")?;
-    let mut wanted = vec![(copy::claim_name(&set, of)?, copy::claim_name(&set, name)?, snapshot.size)];
+    let mut claims = vec![copy::claim(&data, &copied, name, snapshot.size)];
     for part in backup.parts {
         let volume = &part.volume;
         let snapshot = part.snapshot.with_context(|| {
             format!("read the size of the volume {volume} in the backup: it records no snapshot of it")
         })?;
-        let names = (copy::part_claim_name(&set, of, volume)?, copy::part_claim_name(&set, name, volume)?);
-        wanted.push((names.0, names.1, snapshot.size));
-    }
-    let mut claims = Vec::new();
-    for (original, copied, bytes) in wanted {
-        let attempt = format!("get the PersistentVolumeClaim {namespace}/{original}");
-        let claim = call(attempt, self::claims(client, namespace).get(&original)).await?;
-        let claim = serde_json::to_value(claim).context("read the PersistentVolumeClaim")?;
-        claims.push(copy::claim(&claim, &copied, name, bytes));
+        let original = claim_of(client, namespace, &copy::part_claim_name(&set, of, volume)?).await?;
+        let copied = copy::part_claim_name(&set, name, volume)?;
+        claims.push(copy::claim(&original, &copied, name, snapshot.size));
     }
     Ok(Copy { set: copy::stateful_set(&set, name), claims })
+}
+
+/// A claim of the original.
+async fn claim_of(client: &Client, namespace: &str, name: &str) -> anyhow::Result<Value> {
+    let attempt = format!("get the PersistentVolumeClaim {namespace}/{name}");
+    let claim = call(attempt, claims(client, namespace).get(name)).await?;
+    serde_json::to_value(claim).context("read the PersistentVolumeClaim")
 }
 
 async fn backup(client: &Client, namespace: &str, spec: &PostgresRestoreSpec) -> anyhow::Result<Candidate> {

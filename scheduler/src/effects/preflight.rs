@@ -76,6 +76,14 @@ impl Effects<'_> {
                 "label it howdah.dev/protect=true and create the backup anew",
             )
         })?;
+        // A tick looks too, at what its cache has.
+        if let Some(gate) = database.annotations().get(names::GATE) {
+            return Err(Problem::new(
+                FailureKind::Transient,
+                format!("the operation {gate} holds the database"),
+                "nothing to do: the backup is tried again when it has ended (kubectl get pgr)",
+            ));
+        }
         let pod = pod(self.cx, &namespace, &database).await?;
 
         let template = database.spec.as_ref().and_then(|spec| spec.template.spec.as_ref());

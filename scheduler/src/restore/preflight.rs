@@ -286,11 +286,13 @@ async fn only_the_pod_writes(
     }
 }
 
-/// A backup that has begun is waited for: it may have the database in backup mode.
+/// A backup that has begun is waited for: it may have the database in backup mode. One that waits for its next attempt has
+/// undone everything, and makes none while the gate is closed: a database that is broken is restored, and not backed up first.
 pub(super) fn no_backup_runs(backups: &[PostgresBackup], database: &str) -> Result<(), Problem> {
     let running = backups.iter().find(|backup| {
         let phase = backup.status.as_ref().map(|status| status.phase).unwrap_or_default();
-        backup.spec.stateful_set == database && !phase.is_terminal() && phase != BackupPhase::Reserved
+        let idle = phase.is_terminal() || matches!(phase, BackupPhase::Reserved | BackupPhase::Waiting);
+        backup.spec.stateful_set == database && !idle
     });
     match running {
         Some(backup) => Err(transient(

@@ -231,6 +231,30 @@ fn while_somebody_has_the_image_open_nothing_is_touched_and_no_backup_begins() {
 }
 
 #[test]
+fn a_backup_that_fails_and_waits_holds_up_no_restore() {
+    let stage = Stage::shared();
+    stage.grant();
+    let node = Node::of(stage.database("db", json!({})));
+    node.play(|| {
+        node.sql("CREATE TABLE t AS SELECT 1 AS n");
+        node.back_up("one");
+        node.sql("UPDATE t SET n = 2");
+        stage.annotate("db", "howdah.dev/credentials=nothing");
+        stage.order_backup("db", "fails", Some("online"));
+        stage.wait_phase("fails", backup::Phase::Waiting);
+        node.restore("restore", json!({"to": "one"}));
+        assert_eq!(node.sql("SELECT n FROM t"), "1");
+        let waits = stage.status("fails");
+        assert!(!waits.phase.is_terminal() && waits.snapshot.is_none(), "{waits:?}");
+        // And goes on when the cause is gone.
+        stage.kubectl(&["annotate", "statefulset", "db", "howdah.dev/credentials-"]);
+        let status = stage.wait_over("fails");
+        assert_eq!(status.phase, backup::Phase::Taken, "{status:?}");
+        assert_eq!(status.image.unwrap().id, node.id(&node.image), "it is of the image that took the place");
+    });
+}
+
+#[test]
 fn what_cannot_be_restored_is_refused_with_its_cure_and_the_database_runs_on() {
     let stage = Stage::shared();
     stage.grant();
