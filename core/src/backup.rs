@@ -142,7 +142,8 @@ pub struct Snapshots {
     pub data: SnapshotRecord,
     /// Of each further image, in the order of [`BackupStatus::parts`].
     pub parts: Vec<SnapshotRecord>,
-    /// Up to where the WAL had reached the disk when all but the one with the WAL were taken: recovery has to come that far.
+    /// Up to where the WAL had reached the disk before the data directory's was taken, and the WAL's: recovery has to come
+    /// that far.
     pub flushed: Option<String>,
 }
 

@@ -250,12 +250,15 @@ impl<'a> Effects<'a> {
     /// a page is written to its file after the WAL that changes it.
     async fn take_snapshots(&mut self, status: &BackupStatus, name: &str) -> Result<Event, Problem> {
         let image = image_of(status)?;
-        let before = self.standing().await?;
         if status.parts.is_empty() {
             let data = self.take_snapshot(image, name).await?;
-            self.compare(before.as_ref()).await?;
+            // A session that is lost costs the class, not the backup: leaving backup mode finds that.
+            if let Ok(Some(standing)) = self.standing().await {
+                self.same_tablespaces(&standing)?;
+            }
             return Ok(Event::SnapshotTaken(Snapshots { data, parts: Vec::new(), flushed: None }));
         }
+        let before = self.standing().await?;
         if status.consistency == Some(Consistency::Online) && before.is_none() {
             return Err(no_session());
         }
@@ -264,22 +267,27 @@ impl<'a> Effects<'a> {
         for (at, part) in all().filter(|(_, part)| !part.wal) {
             parts[at] = Some(self.take_new_snapshot(&part.image, name).await?);
         }
-        let data = self.take_new_snapshot(image, name).await?;
+        // Wherever the WAL lies of these two, its snapshot is younger than this.
         let flushed = self.standing().await?.map(|standing| standing.flushed);
+        let data = self.take_new_snapshot(image, name).await?;
         for (at, part) in all().filter(|(_, part)| part.wal) {
             parts[at] = Some(self.take_new_snapshot(&part.image, name).await?);
         }
-        let after = self.compare(before.as_ref()).await?;
-        match (&before, after) {
-            (Some(before), Some(after)) if before.checkpoint != after.checkpoint => {
-                return Err(Problem::new(
-                    FailureKind::Transient,
-                    "a checkpoint ended while the snapshots of the volumes were taken",
-                    "nothing to do: they are removed, and the backup is tried again; if it happens often, raise \
-                     max_wal_size and checkpoint_timeout",
-                ));
+        match (before, self.standing().await?) {
+            (Some(before), Some(after)) => {
+                for standing in [&before, &after] {
+                    self.same_tablespaces(standing)?;
+                }
+                if before.checkpoint != after.checkpoint {
+                    return Err(Problem::new(
+                        FailureKind::Transient,
+                        "a checkpoint ended while the snapshots of the volumes were taken",
+                        "nothing to do: they are removed, and the backup is tried again; if it happens often, raise \
+                         max_wal_size and checkpoint_timeout",
+                    ));
+                }
             }
-            (Some(_), _) => {}
+            (Some(_), None) => return Err(no_session()),
             // Nobody wrote if nobody had it open all the time.
             (None, _) => self.still_at_rest(status).await?,
         }
@@ -294,20 +302,16 @@ impl<'a> Effects<'a> {
         }
     }
 
-    /// Where it stands now, unless a tablespace came or went since the preflight: it may lie on another volume.
-    async fn compare(&self, before: Option<&Standing>) -> Result<Option<Standing>, Problem> {
-        let Some(before) = before else { return Ok(None) };
-        let after = self.standing().await?;
-        let Held::Backup { tablespaces, .. } = &self.held else { return Ok(after) };
-        let same = |standing: &Standing| standing.tablespaces == *tablespaces;
-        if same(before) && after.as_ref().is_none_or(same) {
-            return Ok(after);
+    /// Whether no tablespace came or went since the preflight: it may lie on another volume.
+    fn same_tablespaces(&self, standing: &Standing) -> Result<(), Problem> {
+        match &self.held {
+            Held::Backup { tablespaces, .. } if *tablespaces != standing.tablespaces => Err(Problem::new(
+                FailureKind::Transient,
+                "a tablespace was created, moved or dropped since the backup began",
+                "nothing to do: the backup is tried again",
+            )),
+            _ => Ok(()),
         }
-        Err(Problem::new(
-            FailureKind::Transient,
-            "a tablespace was created, moved or dropped since the backup began",
-            "nothing to do: the backup is tried again",
-        ))
     }
 
     /// Looks once more at the images of a stopped database.

@@ -167,8 +167,8 @@ pub struct BackupStatus {
     /// What `pg_backup_start` returned.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub start_lsn: Option<String>,
-    /// Several volumes: up to where the WAL had reached the disk when the snapshots of all but the WAL were there. A
-    /// recovery that ends before it is of snapshots in another order.
+    /// Several volumes: up to where the WAL had reached the disk before the snapshots of the data directory and of the WAL
+    /// were taken. A recovery that ends before it is of a WAL that was snapshotted too early.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub flushed_lsn: Option<String>,
     /// What `pg_backup_stop` returned.
