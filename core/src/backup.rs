@@ -196,8 +196,8 @@ pub enum Effect {
         /// The label.
         label: String,
     },
-    /// Take the snapshot of each image; if one of the name exists, it is this backup's own from before a lost answer. Of
-    /// several images they have to be one state: the WAL's is taken last, and no checkpoint ended since before the first, so
+    /// Take the snapshot of each image. One of the name that exists is of an earlier attempt whose request arrived late: it
+    /// will do where the class promises no more than one instant. Of several images they have to be one state: the WAL's is taken last, and no checkpoint ended since before the first, so
     /// that recovery begins before them all and finds whatever it needs.
     TakeSnapshot {
         /// The name.

@@ -4,7 +4,6 @@
 
 use std::collections::BTreeSet;
 
-use crate::annotations::Consistency;
 use crate::backup::{BackupStatus, FailureKind, ImageRecord, PartRecord, Problem};
 use crate::volume::RbdVolume;
 
@@ -217,14 +216,8 @@ pub fn explain(
     if open.is_empty() {
         return Ok((known, Vec::new()));
     }
-    // PostgreSQL itself said it, before other claims than that of the data were looked at.
-    let on_one = |status: &BackupStatus| {
-        status.consistency == Some(Consistency::Online) && status.parts.is_empty() && status.beside.is_empty()
-    };
     let tells = |status: &&&BackupStatus| {
-        let known =
-            |claim: &PartClaim| part_of(status, claim).is_some() || status.beside.contains(&claim.volume);
-        on_one(status) || open.iter().all(known)
+        open.iter().all(|claim| part_of(status, claim).is_some() || status.beside.contains(&claim.volume))
     };
     let Some(status) = recorded.iter().find(tells) else {
         let names: Vec<&str> = open.iter().map(|claim| claim.claim.as_str()).collect();
@@ -536,10 +529,6 @@ mod tests {
             (found.parts, beside),
             (vec![part("space", "space-pg-0", false)], vec!["dumps".to_owned()])
         );
-        // One of before other claims were looked at: PostgreSQL said that all lay on the one.
-        let online = BackupStatus { consistency: Some(Consistency::Online), ..BackupStatus::default() };
-        let (found, beside) = explain(known(), &mounts, &[&silent, &online]).unwrap();
-        assert_eq!((found.parts.len(), beside), (0, vec!["space".to_owned(), "dumps".to_owned()]));
         let problem = explain(known(), &mounts, &[&silent]).unwrap_err();
         assert!(problem.reason.contains("space-pg-0, dumps-pg-0"), "{}", problem.reason);
         let (found, beside) = explain(known(), &mounts[..1], &[]).unwrap();

@@ -44,8 +44,8 @@ impl Operation for Effects<'_> {
         status.phase.as_str()
     }
 
-    fn widens(before: &BackupStatus, status: &BackupStatus) -> bool {
-        before.parts.len() < status.parts.len()
+    fn loses(record: &PostgresBackup, status: &BackupStatus) -> bool {
+        record.status.as_ref().map_or(0, |written| written.parts.len()) < status.parts.len()
     }
 
     fn label(event: &Event) -> &'static str {

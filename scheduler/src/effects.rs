@@ -251,7 +251,11 @@ impl<'a> Effects<'a> {
     async fn take_snapshots(&mut self, status: &BackupStatus, name: &str) -> Result<Event, Problem> {
         let image = image_of(status)?;
         if status.parts.is_empty() {
-            let data = self.take_snapshot(image, name).await?;
+            let data = match status.consistency {
+                // It is told to be of this session.
+                Some(Consistency::Online) => self.take_new_snapshot(image, name).await?,
+                _ => self.take_snapshot(image, name).await?,
+            };
             // A session that is lost costs the class, not the backup: leaving backup mode finds that.
             if let Ok(Some(standing)) = self.standing().await {
                 self.same_tablespaces(&standing)?;
@@ -335,7 +339,7 @@ impl<'a> Effects<'a> {
         Ok(())
     }
 
-    /// One of several: it has to be of now.
+    /// One that has to be of now.
     async fn take_new_snapshot(
         &mut self,
         image: &ImageRecord,

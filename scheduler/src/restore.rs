@@ -214,8 +214,8 @@ impl Operation for Restore<'_> {
         status.phase.as_str()
     }
 
-    fn widens(before: &RestoreStatus, status: &RestoreStatus) -> bool {
-        before.parts.len() < status.parts.len()
+    fn loses(record: &PostgresRestore, status: &RestoreStatus) -> bool {
+        record.status.as_ref().map_or(0, |written| written.parts.len()) < status.parts.len()
     }
 
     fn label(event: &Event) -> &'static str {

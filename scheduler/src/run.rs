@@ -68,9 +68,9 @@ pub trait Operation: Send {
     fn first_event(record: &Self::Record) -> Option<Self::Event>;
     /// Where it stands, for the log.
     fn phase(status: &StatusOf<Self>) -> &'static str;
-    /// Whether `status` has fields for the first time that an older definition of the record does not know. The API server
-    /// would take it without them, and say nothing.
-    fn widens(_before: &StatusOf<Self>, _status: &StatusOf<Self>) -> bool {
+    /// Whether `record` lacks fields of `status` without which it would be half of one. An API server whose definition of the
+    /// record is older takes a status without them, and says nothing.
+    fn loses(_record: &Self::Record, _status: &StatusOf<Self>) -> bool {
         false
     }
     /// What happened, for the log.
@@ -177,15 +177,15 @@ impl<O: Operation> Journal<O> {
     async fn write(&mut self, status: StatusOf<O>) -> anyhow::Result<()> {
         let name = self.record.name_any();
         let attempt = format!("write the status of the {} {}/{name}", O::NOUN, self.namespace);
-        if O::widens(&self.status(), &status) {
+        if O::loses(&self.record, &status) {
             // Nothing is written: whoever took up what is left of the record would go on with half of it.
             let rehearsal = PostParams { dry_run: true, ..PostParams::default() };
             let mut next = self.record.clone();
             *next.status_mut() = Some(status.clone());
-            match call(attempt.as_str(), self.api.replace_status(&name, &rehearsal, &next)).await {
-                Ok(written) if written.status() != Some(&status) => bail!("{attempt}: {LOSES_FIELDS}"),
-                Ok(_) | Err(KubernetesError::Conflict { .. }) => {}
-                Err(error) => return Err(error.into()),
+            let written = call(attempt.as_str(), self.api.replace_status(&name, &rehearsal, &next)).await;
+            // Whatever else is wrong, the write itself finds it, and has its tries.
+            if written.is_ok_and(|written| O::loses(&written, &status)) {
+                bail!("{attempt}: {LOSES_FIELDS}");
             }
         }
         for left in (0..WRITE_TRIES).rev() {
@@ -194,10 +194,10 @@ impl<O: Operation> Journal<O> {
             let parameters = PostParams::default();
             match call(attempt.as_str(), self.api.replace_status(&name, &parameters, &next)).await {
                 Ok(written) => {
-                    self.record = written;
-                    if self.record.status() != Some(&status) {
+                    if O::loses(&written, &status) {
                         bail!("{attempt}: {LOSES_FIELDS}");
                     }
+                    self.record = written;
                     return Ok(());
                 }
                 Err(KubernetesError::Conflict { .. }) => {

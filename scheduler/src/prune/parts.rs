@@ -159,7 +159,10 @@ impl Pruning<'_> {
     ) -> Result<(), PruneError> {
         let data: OfData =
             all.iter().map(|held| (held.image.id.clone(), names_of(&held.snapshots))).collect();
-        for held in parts.lineages.iter().flatten().chain(&parts.others) {
+        // An image that the database merely used once may be another's by now: there only an entry tells.
+        let left_by = now.checked_sub(LEFT_AFTER).ok();
+        let own = parts.lineages.iter().flatten().map(|held| (held, left_by));
+        for (held, left_by) in own.chain(parts.others.iter().map(|held| (held, None))) {
             let outlived = |data: &OfData| -> Vec<String> {
                 let of_users = names_of(&held.snapshots).into_iter();
                 let entries =
@@ -167,7 +170,7 @@ impl Pruning<'_> {
                 let found: BTreeSet<String> = of_users.chain(entries.map(str::to_owned)).collect();
                 let left = found
                     .into_iter()
-                    .filter(|name| belongs_to_nobody(name, held, data, now) && !is_wanted(records, name));
+                    .filter(|name| belongs_to_nobody(name, held, data, left_by) && !is_wanted(records, name));
                 left.take(retention::DELETIONS_PER_RUN_MAX).collect()
             };
             if outlived(&data).is_empty() {
@@ -193,14 +196,15 @@ impl Pruning<'_> {
     }
 }
 
-/// Whether a snapshot of a part, or its entry, has outlived its backup.
-fn belongs_to_nobody(name: &str, part: &Held, data: &OfData, now: Timestamp) -> bool {
+/// Whether a snapshot of a part, or its entry, has outlived its backup. One without an entry is of a backup that was not
+/// completed; it was left behind if it is from before `left_by`.
+fn belongs_to_nobody(name: &str, part: &Held, data: &OfData, left_by: Option<Timestamp>) -> bool {
     let Some(slot) = names::slot_of_snapshot(name) else { return false };
-    let entry =
-        part.metadata.get(&names::image_meta_key(name)).and_then(|value| Entry::from_value(value).ok());
-    match entry {
-        Some(entry) => data.get(&entry.image_id).is_some_and(|own| !own.contains(name)),
-        None => data.values().all(|own| !own.contains(name)) && now.duration_since(slot) > LEFT_AFTER,
+    match part.metadata.get(&names::image_meta_key(name)).map(|value| Entry::from_value(value)) {
+        Some(Ok(entry)) => data.get(&entry.image_id).is_some_and(|own| !own.contains(name)),
+        // What cannot be read stays.
+        Some(Err(_)) => false,
+        None => data.values().all(|own| !own.contains(name)) && left_by.is_some_and(|left_by| slot < left_by),
     }
 }
 
@@ -259,7 +263,8 @@ mod tests {
 
     #[test]
     fn what_outlived_its_backup_is_told_from_what_is_being_made() {
-        let now = "2026-11-23T12:00:00Z".parse().unwrap();
+        let at = |text: &str| Some(text.parse::<Timestamp>().unwrap());
+        let by = at("2026-11-23T12:00:00Z");
         let name = snapshot(7).name;
         let part = |entry: Option<&str>| Held {
             image: image("2"),
@@ -277,15 +282,16 @@ mod tests {
         let data = |names: &[&str]| -> OfData {
             [("1".to_owned(), names.iter().map(|name| (*name).to_owned()).collect())].into()
         };
-        let nobodys = |part: &Held, data: &OfData, now| belongs_to_nobody(&name, part, data, now);
-        assert!(nobodys(&part(Some("1")), &data(&[]), now), "its like is gone");
-        assert!(!nobodys(&part(Some("1")), &data(&[&name]), now));
-        assert!(!nobodys(&part(Some("9")), &data(&[]), now), "of an image that is not known");
-        assert!(nobodys(&part(None), &data(&[]), now), "left behind a day ago");
-        assert!(
-            !nobodys(&part(None), &data(&[]), "2026-11-22T04:00:00Z".parse().unwrap()),
-            "just being taken"
-        );
-        assert!(!belongs_to_nobody("before-upgrade", &part(None), &data(&[]), now), "somebody else's");
+        let nobodys = |part: &Held, data: &OfData, by| belongs_to_nobody(&name, part, data, by);
+        assert!(nobodys(&part(Some("1")), &data(&[]), by), "its like is gone");
+        assert!(!nobodys(&part(Some("1")), &data(&[&name]), by));
+        assert!(!nobodys(&part(Some("9")), &data(&[]), by), "of an image that is not known");
+        assert!(nobodys(&part(None), &data(&[]), by), "left behind a day ago");
+        assert!(!nobodys(&part(None), &data(&[]), at("2026-11-22T02:00:00Z")), "just being taken");
+        assert!(!nobodys(&part(None), &data(&[]), None), "in an image that may be another's");
+        let mut unreadable = part(Some("1"));
+        unreadable.metadata.insert(names::image_meta_key(&name), "{}".to_owned());
+        assert!(!nobodys(&unreadable, &data(&[]), by), "what cannot be read");
+        assert!(!belongs_to_nobody("before-upgrade", &part(None), &data(&[]), by), "somebody else's");
     }
 }

@@ -121,9 +121,9 @@ done
 recovery_ms=$(($(now_ms) - started))
 # The checkpoint at the end of recovery lies where the WAL ended that was there.
 if [ -n "${HOWDAH_REACHES:-}" ]; then
-    ended=$(ask -d postgres -c 'SELECT checkpoint_lsn FROM pg_control_checkpoint()')
-    [ "$(ask -d postgres -c "SELECT '$ended'::pg_lsn >= '$HOWDAH_REACHES'::pg_lsn")" = t ] ||
-        say "recovery ended at $ended in the WAL, before $HOWDAH_REACHES, which the data is newer than"
+    behind=$(ask -d postgres -c "SELECT checkpoint_lsn FROM pg_control_checkpoint() WHERE checkpoint_lsn < '$HOWDAH_REACHES'::pg_lsn" 2>"$work/error") ||
+        judge "the end of recovery cannot be read" "$(cat "$work/error")"
+    [ -z "$behind" ] || say "recovery ended at $behind in the WAL, before $HOWDAH_REACHES, which the data is newer than"
 fi
 version=$(ask -d postgres -c 'SHOW server_version')
 identifier=$(ask -d postgres -c 'SELECT system_identifier FROM pg_control_system()')

@@ -55,29 +55,18 @@ impl Database {
         Self::start_with(lab, |set| set["spec"]["template"]["spec"]["tolerations"] = stays())
     }
 
-    /// The same with its WAL and a tablespace, `far`, on volumes of their own.
+    /// The same with its WAL on a volume of its own.
     pub fn start_in_parts(lab: Lab) -> Result<Self> {
-        let database = Self::start_with(lab, |set| {
+        Self::start_with(lab, |set| {
             set["spec"]["template"]["spec"]["tolerations"] = stays();
             let mut template = set["spec"]["volumeClaimTemplates"][0].clone();
+            template["metadata"]["name"] = json!("wal");
+            template["spec"]["resources"]["requests"]["storage"] = json!("128Mi");
+            push(&mut set["spec"]["volumeClaimTemplates"], template);
             let container = &mut set["spec"]["template"]["spec"]["containers"][0];
             push(&mut container["env"], json!({"name": "POSTGRES_INITDB_WALDIR", "value": "/wal/pg"}));
-            for volume in ["wal", "space"] {
-                push(
-                    &mut container["volumeMounts"],
-                    json!({"name": volume, "mountPath": format!("/{volume}")}),
-                );
-            }
-            for volume in ["wal", "space"] {
-                template["metadata"]["name"] = json!(volume);
-                template["spec"]["resources"]["requests"]["storage"] = json!("128Mi");
-                push(&mut set["spec"]["volumeClaimTemplates"], template.clone());
-            }
-        })?;
-        database.kubectl(&["exec", "db-0", "--", "install", "-d", "-o", "postgres", "/space/pg"])?;
-        database.sql("db-0", "CREATE TABLESPACE far LOCATION '/space/pg'")?;
-        database.kubectl(&["exec", "db-0", "--", "sync"])?;
-        Ok(database)
+            push(&mut container["volumeMounts"], json!({"name": "wal", "mountPath": "/wal"}));
+        })
     }
 
     /// The same of one that is moved, by drains of what bears [`MOVES`] and by [`MOVE_TAINT`].

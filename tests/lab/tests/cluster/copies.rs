@@ -1,10 +1,12 @@
-//! A restore where everything is as in production: kubelet, krbd and the CSI driver stage the image that took the place,
-//! and the webhook guards the gate. Named so that it begins early: it takes the longest.
+//! A drill and restores where everything is as in production: kubelet, krbd and the CSI driver stage the images, the drill's
+//! pod runs in its isolated namespace, and the webhook guards the gate. Named so that it begins early: it takes the longest.
 
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use howdah_lab::database::Database;
+use howdah_core::names::VERIFY_NAMESPACE;
+use howdah_lab::ceph::POOL;
+use howdah_lab::database::{Database, ROWS};
 use howdah_lab::storage::claim::wait_slowly;
 use serde_json::{Value, json};
 
@@ -48,13 +50,28 @@ fn copy(database: &Database, name: &str) -> Result<()> {
     wait_for(database, &format!("pgr/{order}"), "Completed")
 }
 
-/// One test, because a database takes a minute of both processors to start. Its WAL and its table lie on further volumes, so
-/// that each of these operations is of three.
+/// One test, because a database takes a minute of both processors to start. Its WAL lies on a volume of its own, so that each
+/// of these operations is of two images, and none of them starts without the other.
 #[test]
-fn a_backup_comes_back_beside_the_original_and_in_its_place_and_an_undo_takes_it_away_again() -> Result<()> {
+fn a_backup_is_proven_and_comes_back_beside_the_original_and_in_its_place_and_an_undo_takes_it_away_again()
+-> Result<()> {
     let database = Database::start_in_parts(lab()?)?;
-    database.sql("db-0", "CREATE TABLE t TABLESPACE far AS SELECT 1 AS n")?;
-    operate(&database, "PostgresBackup", "one", json!({"statefulSet": "db"}), "Taken")?;
+    database.keep_rows()?;
+    database.sql("db-0", "CREATE TABLE t AS SELECT 1 AS n")?;
+    database.annotate(&["howdah.dev/verify=always"])?;
+    operate(&database, "PostgresBackup", "one", json!({"statefulSet": "db"}), "Verified")?;
+    database.annotate(&["howdah.dev/verify-"])?;
+    let backups = database.backups()?;
+    let (_, status) = backups.first().context("find the backup")?;
+    ensure!(status.parts.len() == 1, "{status:#?}");
+    let report = status.verification.as_ref().and_then(|drill| drill.report.as_ref());
+    ensure!(report.and_then(|report| report.rows) == Some(ROWS + 1), "the drill read {report:?}");
+    for kind in ["pod", "pvc"] {
+        let left = database.lab.kubectl_ok(&["-n", VERIFY_NAMESPACE, "get", kind, "-o", "name"])?;
+        ensure!(left.is_empty(), "left behind: {left}");
+    }
+    let images = database.lab.rbd(&["ls", POOL])?;
+    ensure!(!images.contains("howdah-verify-"), "a clone is left behind: {images}");
     database.sql("db-0", "UPDATE t SET n = 2")?;
 
     copy(&database, "db-copy")?;

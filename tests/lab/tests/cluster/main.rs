@@ -11,7 +11,6 @@ mod attach;
 mod backup;
 mod copies;
 mod drain;
-mod drills;
 mod installed;
 mod storage;
 
