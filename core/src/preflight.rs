@@ -96,8 +96,8 @@ pub struct PartClaim {
 
 /// The claims that hold all `places`, of which the first is the data directory.
 ///
-/// What is mounted at a folder below the data directory that is part of it ([`DATA_FOLDERS`]) belongs to it. The link `pg_wal` cannot be read through SQL: the caller names
-/// the folder of `POSTGRES_INITDB_WALDIR` as a place when it is set.
+/// What is mounted at a folder below the data directory that is part of it ([`DATA_FOLDERS`]) belongs to it. The link
+/// `pg_wal` cannot be read through SQL: the caller names the folder of one of [`WAL_VARIABLES`] as a place when it is set.
 ///
 /// # Errors
 /// Names the place that lies outside a claim, or a claim that holds the WAL and something else: which of its snapshot and
@@ -111,20 +111,19 @@ pub fn claims(mounts: &[Mount], places: &[Place]) -> Result<Claims, Problem> {
             "report this as a bug",
         ));
     };
-    let mut found: Option<Claims> = None;
-    for place in places.iter().chain(&inside(mounts, &data.path)) {
+    let claim_of = |place: &Place| {
         let mount = mount_of(mounts, &place.path);
-        let Some((mount, claim)) = mount.and_then(|mount| Some((mount, mount.claim.as_deref()?))) else {
-            return Err(Problem::new(
+        mount.and_then(|mount| Some((mount.volume.clone(), mount.claim.clone()?))).ok_or_else(|| {
+            Problem::new(
                 FailureKind::Permanent,
                 format!("{} ({}) does not lie on a persistent volume", place.what, place.path),
                 "mount a PersistentVolumeClaim there: what is outside it cannot be backed up",
-            ));
-        };
-        let Some(claims) = &mut found else {
-            found = Some(Claims { data: claim.to_owned(), parts: Vec::new() });
-            continue;
-        };
+            )
+        })
+    };
+    let mut claims = Claims { data: claim_of(data)?.1, parts: Vec::new() };
+    for place in places.iter().chain(&inside(mounts, &data.path)) {
+        let (volume, claim) = claim_of(place)?;
         if claim == claims.data {
             continue;
         }
@@ -135,27 +134,22 @@ pub fn claims(mounts: &[Mount], places: &[Place]) -> Result<Claims, Problem> {
                     FailureKind::Permanent,
                     format!(
                         "the claim {claim} holds the WAL and {}",
-                        place_beside(places, mounts, claim, place)
+                        place_beside(places, mounts, &claim, place)
                     ),
                     "give the WAL a claim of its own, or keep it with the data directory",
                 ));
             }
-            None => claims.parts.push(PartClaim {
-                volume: mount.volume.clone(),
-                claim: claim.to_owned(),
-                wal: place.wal,
-            }),
+            None => claims.parts.push(PartClaim { volume, claim, wal: place.wal }),
         }
     }
-    let found = found.unwrap_or(Claims { data: String::new(), parts: Vec::new() });
-    if found.parts.len() > PARTS_MAX {
+    if claims.parts.len() > PARTS_MAX {
         return Err(Problem::new(
             FailureKind::Permanent,
-            format!("the database lies on {} claims", found.parts.len() + 1),
+            format!("the database lies on {} claims", claims.parts.len() + 1),
             format!("keep it on {} at most: their snapshots are taken one after the other", PARTS_MAX + 1),
         ));
     }
-    Ok(found)
+    Ok(claims)
 }
 
 /// What lies on a claim beside `place`, for the message.

@@ -24,27 +24,25 @@ use crate::context::Context;
 use crate::places::Place;
 use crate::prune::Pruning;
 
-/// How long each effect may take, beyond the limits of the single calls inside.
-fn limit_of(effect: &Effect) -> Duration {
+/// How long each effect may take with this many images, beyond the limits of the single calls inside.
+fn limit_of(effect: &Effect, images: u64) -> Duration {
     Duration::from_secs(match effect {
         // Some ten calls, each answered in a second, or slow for one reason.
         Effect::Preflight => 120,
         // A fast checkpoint writes all dirty buffers: minutes with a large cache on a slow disk.
         Effect::StartBackupMode { .. } => 300,
         // Ceph answers within 30 s when the lock holder does not (lab.md K2); the adapter kills rbd at 90.
-        Effect::TakeSnapshot { .. } | Effect::FindSnapshot { .. } | Effect::RemoveSnapshot { .. } => 150,
+        Effect::TakeSnapshot { .. } | Effect::FindSnapshot { .. } | Effect::RemoveSnapshot { .. } => {
+            150 * images
+        }
         Effect::StopBackupMode => 60,
-        Effect::Record => 150,
+        Effect::Record => 150 * images,
         // Ten deletions.
         Effect::Prune => 600,
         Effect::AbandonBackupMode | Effect::Announce => 30,
         // As long as `core` says.
         Effect::Wait { .. } => 3600,
     })
-}
-
-fn effect_is_of_each_image(effect: &Effect) -> bool {
-    matches!(effect, Effect::TakeSnapshot { .. } | Effect::RemoveSnapshot { .. } | Effect::Record)
 }
 
 /// The answer of a part of an effect, or that it took too long.
@@ -113,8 +111,7 @@ impl<'a> Effects<'a> {
     /// Performs `effect` within its limit; `None` for those that end in no event.
     pub async fn perform_within_limit(&mut self, effect: &Effect, status: &BackupStatus) -> Option<Event> {
         // One image after the other.
-        let images = u32::try_from(status.parts.len() + 1).unwrap_or(1);
-        let limit = limit_of(effect) * if effect_is_of_each_image(effect) { images } else { 1 };
+        let limit = limit_of(effect, 1 + status.parts.len() as u64);
         let performed = match effect {
             // It waits for others in between, and has its limits inside.
             Effect::Preflight => self.perform_unbounded(effect, status).await,
@@ -141,7 +138,7 @@ impl<'a> Effects<'a> {
     ) -> Result<Option<Event>, Problem> {
         Ok(match effect {
             // On the heap: this is the largest of them by far, and each is as large as the largest.
-            Effect::Preflight => Some(Box::pin(self.preflight_in_its_pool(limit_of(effect))).await?),
+            Effect::Preflight => Some(Box::pin(self.preflight_in_its_pool(limit_of(effect, 1))).await?),
             Effect::StartBackupMode { label } => Some(self.start_backup_mode(label).await?),
             Effect::TakeSnapshot { name } => Some(self.take_snapshots(status, name).await?),
             Effect::FindSnapshot { name } => {

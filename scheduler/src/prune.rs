@@ -157,14 +157,21 @@ impl Pruning<'_> {
         let mut all = Vec::new();
         for id in lineage::ids(&live.metadata) {
             let wanted = ImageRecord { id, ..image.clone() };
-            match self.ceph.image_by_id(&wanted).await {
-                Ok(found) => all.push(self.held(ImageRecord { name: found.name, ..wanted }).await?),
-                Err(error) if error.is_not_found() => {}
-                Err(error) => return Err(error.into()),
+            if let Some(image) = self.named_now(&wanted).await? {
+                all.push(self.held(image).await?);
             }
         }
         all.insert(0, live);
         Ok(all)
+    }
+
+    /// The image by the name it has now; `None` when it is gone.
+    async fn named_now(&self, image: &ImageRecord) -> Result<Option<ImageRecord>, CephError> {
+        match self.ceph.image_by_id(image).await {
+            Ok(found) => Ok(Some(ImageRecord { name: found.name, ..image.clone() })),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     async fn held(&self, image: ImageRecord) -> Result<Held, CephError> {
@@ -284,13 +291,12 @@ impl Pruning<'_> {
     /// What is known of each snapshot of an image. Its clones are asked for only before a deletion.
     fn items(
         &self,
-        held: &Held,
+        shelf: &Held,
         records: &[PostgresBackup],
         wanted: &BTreeSet<(String, u64)>,
         parts: &Parts,
     ) -> Vec<Item> {
-        let Held { image, snapshots, metadata } = held;
-        let shelf = held;
+        let Held { image, snapshots, metadata } = shelf;
         let item = |snapshot: &Snapshot| {
             let name = &snapshot.name;
             let own: Vec<&PostgresBackup> =

@@ -190,10 +190,7 @@ impl Effects<'_> {
         if preflight::unexplained(mounts, &claims).is_empty() {
             return Ok((claims, Vec::new()));
         }
-        let namespace = self.namespace();
-        let api = Api::<PostgresBackup>::namespaced(self.cx.kubernetes.client().clone(), &namespace);
-        let all = call(format!("list the backups of {namespace}"), api.list(&ListParams::default())).await;
-        let all = all.map_err(|error| of_kubernetes(&error))?.items;
+        let all = backups(self.cx, &self.namespace()).await?;
         let own = all.iter().filter(|backup| backup.spec.stateful_set == self.backup.spec.stateful_set);
         let mut recorded: Vec<&BackupStatus> = own
             .filter_map(|backup| backup.status.as_ref())
@@ -305,6 +302,13 @@ async fn room(cx: &Context, ceph: &Ceph, pool: &str) -> Result<Option<Problem>, 
             Ok(None)
         }
     }
+}
+
+/// Every backup of a namespace, from the API server itself: a cache may not show the newest.
+pub async fn backups(cx: &Context, namespace: &str) -> Result<Vec<PostgresBackup>, Problem> {
+    let api = Api::<PostgresBackup>::namespaced(cx.kubernetes.client().clone(), namespace);
+    let list = call(format!("list the backups of {namespace}"), api.list(&ListParams::default())).await;
+    Ok(list.map_err(|error| of_kubernetes(&error))?.items)
 }
 
 /// The StatefulSet as it is now, if it is protected.

@@ -103,15 +103,6 @@ impl Pruning<'_> {
         Ok(Parts { lineages, others, snapshots })
     }
 
-    /// The image by the name it has now; `None` when it is gone.
-    async fn named_now(&self, image: &ImageRecord) -> Result<Option<ImageRecord>, CephError> {
-        match self.ceph.image_by_id(image).await {
-            Ok(found) => Ok(Some(ImageRecord { name: found.name, ..image.clone() })),
-            Err(error) if error.is_not_found() => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
     /// The images that hold the other parts of a backup, as far as they are there.
     pub(super) async fn parts_of(
         &self,
@@ -162,28 +153,22 @@ impl Pruning<'_> {
         // An image that the database merely used once may be another's by now: there only an entry tells.
         let left_by = now.checked_sub(LEFT_AFTER).ok();
         let own = parts.lineages.iter().flatten().map(|held| (held, left_by));
-        for (held, left_by) in own.chain(parts.others.iter().map(|held| (held, None))) {
-            let outlived = |data: &OfData| -> Vec<String> {
-                let of_users = names_of(&held.snapshots).into_iter();
-                let entries =
-                    held.metadata.keys().filter_map(|key| key.strip_prefix(names::IMAGE_META_PREFIX));
-                let found: BTreeSet<String> = of_users.chain(entries.map(str::to_owned)).collect();
-                let left = found
-                    .into_iter()
-                    .filter(|name| belongs_to_nobody(name, held, data, left_by) && !is_wanted(records, name));
-                left.take(retention::DELETIONS_PER_RUN_MAX).collect()
-            };
-            if outlived(&data).is_empty() {
-                continue;
-            }
-            // Listed anew, after the part: a part of a new backup may be younger than the list of the others.
-            let mut now_there = OfData::new();
-            for held in all {
-                let snapshots = self.ceph.snapshots(&held.image.spec()).await?;
-                now_there.insert(held.image.id.clone(), names_of(&snapshots));
-            }
+        let outlived: Vec<(&Held, Vec<String>)> = own
+            .chain(parts.others.iter().map(|held| (held, None)))
+            .map(|(held, left_by)| (held, outlived(held, &data, left_by, records)))
+            .filter(|(_, names)| !names.is_empty())
+            .collect();
+        if outlived.is_empty() {
+            return Ok(());
+        }
+        // Listed anew, after the parts: a part of a new backup may be younger than the list of the others.
+        let mut there = BTreeSet::new();
+        for held in all {
+            there.extend(names_of(&self.ceph.snapshots(&held.image.spec()).await?));
+        }
+        for (held, names) in outlived {
             let spec = held.image.spec();
-            for name in outlived(&now_there) {
+            for name in names.into_iter().filter(|name| !there.contains(name)) {
                 if held.has(&name) && !self.ceph.children(&spec, &name).await?.is_empty() {
                     continue;
                 }
@@ -194,6 +179,22 @@ impl Pruning<'_> {
         }
         Ok(())
     }
+}
+
+/// The names of the snapshots and entries of a part that have outlived their backups, as many as one run removes.
+fn outlived(
+    part: &Held,
+    data: &OfData,
+    left_by: Option<Timestamp>,
+    records: &[PostgresBackup],
+) -> Vec<String> {
+    let entries = part.metadata.keys().filter_map(|key| key.strip_prefix(names::IMAGE_META_PREFIX));
+    let mut found = names_of(&part.snapshots);
+    found.extend(entries.map(str::to_owned));
+    let left = found
+        .into_iter()
+        .filter(|name| belongs_to_nobody(name, part, data, left_by) && !is_wanted(records, name));
+    left.take(retention::DELETIONS_PER_RUN_MAX).collect()
 }
 
 /// Whether a snapshot of a part, or its entry, has outlived its backup. One without an entry is of a backup that was not

@@ -17,7 +17,7 @@ use super::preflight::{no_backup_runs, pod_name};
 use super::{Restore, pieces, transient};
 use crate::effects::of_ceph;
 use crate::effects::preflight::{
-    DATABASE, claim_of_template, credentials, database_container, of_kubernetes, port, strange,
+    DATABASE, backups, claim_of_template, credentials, database_container, of_kubernetes, port, strange,
 };
 
 impl Restore<'_> {
@@ -90,7 +90,7 @@ impl Restore<'_> {
     /// Scales the database to zero, when no backup is under way.
     pub(super) async fn stop(&mut self, status: &RestoreStatus) -> Result<Event, Problem> {
         // One may have been reserved between the preflight and the gate; none begins while it is closed.
-        no_backup_runs(&self.backups().await?, self.record.spec.target())?;
+        no_backup_runs(&backups(self.cx, &self.namespace()).await?, self.record.spec.target())?;
         self.scale(0, status).await?;
         Ok(Event::Stopped)
     }

@@ -3,7 +3,7 @@
 
 use futures::future::try_join_all;
 use howdah_adapters::ceph::{Ceph, ImageInfo};
-use howdah_adapters::kubernetes::{call, find};
+use howdah_adapters::kubernetes::find;
 use howdah_adapters::records::PostgresBackup;
 use howdah_core::backup::{ImageRecord, Phase as BackupPhase, Problem};
 use howdah_core::preflight::PartClaim;
@@ -13,15 +13,14 @@ use howdah_core::{names, preflight};
 use jiff::SignedDuration;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
-use kube::api::ListParams;
 use kube::{Api, ResourceExt as _};
 
 use super::source::Wanted;
 use super::{Restore, permanent, transient};
 use crate::effects::of_ceph;
 use crate::effects::preflight::{
-    claim_of_template, database_container, first_ordinal, host_ips, ip_of, of_kubernetes, of_resolve, places,
-    strange,
+    backups, claim_of_template, database_container, first_ordinal, host_ips, ip_of, of_kubernetes,
+    of_resolve, places, strange,
 };
 
 /// What a pod gets where its template says nothing.
@@ -59,7 +58,7 @@ impl Restore<'_> {
                 "scale it to 1: howdah restores a database of one pod",
             ));
         }
-        let backups = self.backups().await?;
+        let backups = backups(self.cx, &self.namespace()).await?;
         no_backup_runs(&backups, &name)?;
 
         let template = spec.template.spec.as_ref().ok_or_else(|| strange("the template has no pod spec"))?;
@@ -148,15 +147,6 @@ impl Restore<'_> {
             )),
             _ => Ok(()),
         }
-    }
-
-    /// Every backup of the namespace, from the API server itself: a cache may not show the newest.
-    pub(super) async fn backups(&self) -> Result<Vec<PostgresBackup>, Problem> {
-        let namespace = self.namespace();
-        let api = Api::<PostgresBackup>::namespaced(self.cx.kubernetes.client().clone(), &namespace);
-        let attempt = format!("list the backups of {namespace}");
-        let list = call(attempt, api.list(&ListParams::default())).await;
-        Ok(list.map_err(|error| of_kubernetes(&error))?.items)
     }
 
     /// The pod of the database, if there is one.
