@@ -23,8 +23,8 @@ pub use journal::IMAGE_ID_KEY;
 pub use place::{CephPlace, CephRunner, ConnectError};
 pub use runner::{CephAccess, LocalRunner, Runner, ToolboxRunner, mon_host_from_rook};
 
-/// How long a read may take. A healthy one takes half a second, most of it connecting; on busy
-/// emulated nodes of the lab preflights had no answer within 30 s. Why was not measured.
+/// How long a read may take. A healthy one takes half a second, most of it connecting; on
+/// busy nodes of the lab preflights had no answer within 30 s when those were emulated. Why was not measured.
 const READ_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long a write may take. A snapshot of an image whose lock owner does not answer fails after 27 to 30 s with a

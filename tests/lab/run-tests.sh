@@ -7,7 +7,7 @@ set -euo pipefail
 # A lab of the tests' own: `make test` neither uses nor disturbs the one of `make demo`.
 export HOWDAH_LAB=test
 lab=$CARGO_TARGET_DIR/debug/howdah-lab
-# Emulated nodes and two cores: more parallel tests only wait for each other. Those of the cluster level also wait for
+# Nodes share the processors: more parallel tests only wait for each other. Those of the cluster level also wait for
 # drains, leases and schedules.
 cluster_threads=4
 nodes_threads=2

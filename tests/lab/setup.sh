@@ -15,7 +15,7 @@ say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
 [ "$(id -u)" = 0 ] || fail "run as root: the lab makes network namespaces, mounts and virtual machines (try: sudo make ${MAKECMDGOALS:-test})"
-command -v apt-get >/dev/null || fail "no apt-get: the lab is made for Debian 12 (its Ceph, QEMU and PostgreSQL come from there)"
+command -v apt-get >/dev/null || fail "no apt-get: the lab is made for Debian 12 (its Ceph and PostgreSQL come from there)"
 
 # --- Debian packages -------------------------------------------------------------------------------------------------
 missing=()

@@ -262,7 +262,7 @@ fn controller_manager_command(lab: &Lab, binary: &Path, profile: Profile) -> Com
             "--attach-detach-reconcile-sync-period=5s",
             "--kube-api-burst=400",
             "--kube-api-qps=200",
-            // Emulated nodes on two cores renew their leases late under load; 6 s gave false alarms.
+            // Nodes that share two processors renew their leases late under load; 6 s gave false alarms.
             "--node-monitor-grace-period=10s",
             "--node-monitor-period=1s",
             "--node-startup-grace-period=15s",

@@ -14,10 +14,10 @@ use crate::repository;
 use crate::storage::claim::wait_slowly;
 use crate::testing::TempNamespace;
 
-/// initdb alone takes 17 s on an emulated node; a busy one, several times that.
+/// A first start takes some 15 s; on a busy node, many times that.
 pub const START_LIMIT: &str = "--timeout=420s";
-/// A backup takes some 40 s on busy emulated nodes; its schedule comes round every half minute, and another test takes
-/// the leading scheduler away meanwhile.
+/// A backup takes some 20 s on busy nodes; its schedule comes round every half minute, and another test takes the leading
+/// scheduler away meanwhile.
 pub const BACKUP_LIMIT: Duration = Duration::from_secs(480);
 /// Rows that must come along.
 pub const ROWS: u64 = 1000;

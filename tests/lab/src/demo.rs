@@ -21,16 +21,16 @@ const CHAPTERS: usize = 10;
 const NAMESPACE: &str = "howdah-demo";
 /// The clone of the last backup, and everything made of it.
 const RESTORED: &str = "restored";
-/// Often enough to watch, and no more often than an emulated node can follow.
+/// Often enough to watch, and no more often than a busy node can follow.
 const SCHEDULE: &str = "*/30 * * * * *";
 /// Fewer than are taken, so that some are pruned.
 const RETENTION: &str = "last=2";
 /// Backups to wait for before looking at what was pruned.
 const BACKUPS: usize = 2;
-/// A first start makes the database's files, which takes an emulated node some 20 s; a busy one, minutes.
+/// A first start makes the database's files, which takes a busy node a minute.
 const START_LIMIT: Duration = Duration::from_secs(300);
-/// Several slots of [`SCHEDULE`]; on an emulated node each rbd command takes seconds, and a dozen when busy: two
-/// backups took two minutes on a machine that did much else.
+/// Several slots of [`SCHEDULE`]; on a busy node each rbd command takes seconds: two backups took two minutes on a machine
+/// that did much else.
 const BACKUP_LIMIT: Duration = Duration::from_secs(480);
 /// Deleting a namespace with a database waits for the pod's end and the volume's.
 const CLEAN_LIMIT: Duration = Duration::from_secs(300);

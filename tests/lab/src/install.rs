@@ -14,7 +14,7 @@ use crate::{progress, repository};
 pub const NAMESPACE: &str = "howdah-system";
 /// What is installed from; a path in the repository.
 pub const OVERLAY: &str = "deploy/overlays/lab";
-/// Both deployments, ready: a pod starts in some 10 s on an emulated node, and both nodes may be busy.
+/// Both deployments, ready: a pod starts in seconds, and both nodes may be busy.
 const READY_LIMIT: Duration = Duration::from_secs(240);
 /// The first webhook pod that is ready writes the caBundle, asks itself through the API server, and closes.
 const CA_LIMIT: Duration = Duration::from_secs(60);

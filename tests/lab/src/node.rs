@@ -1,4 +1,4 @@
-//! The lab's nodes: QEMU virtual machines with Debian's kernel and its own rbd client, a real kubelet and a real
+//! The lab's nodes: virtual machines with Debian's user-mode kernel and its own rbd client, a real kubelet and a real
 //! containerd, and the switches that break them.
 
 mod cut;

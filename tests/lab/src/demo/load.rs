@@ -15,7 +15,7 @@ use crate::netns;
 const PASSWORD: &str = "change-me";
 /// The load ends by itself after this time, whatever becomes of the demo.
 const LOAD_SECONDS: &str = "3000";
-/// Transactions per second: enough to be seen, few enough for two cores that also emulate the nodes.
+/// Transactions per second: enough to be seen, few enough for two cores that are also the nodes.
 const LOAD_RATE: &str = "20";
 /// How often the transactions are counted, and how often at most: longer than the load lasts.
 const COUNT_PAUSE: Duration = Duration::from_secs(1);

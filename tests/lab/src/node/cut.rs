@@ -1,5 +1,5 @@
 //! Partitions of one node: packets between it and the apiserver, or Ceph, are dropped on the host's side of the
-//! cable, silently, as a broken network does; or the cable is pulled.
+//! cable, silently, as a broken network does; or the cable is pulled out of the bridge.
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -10,6 +10,7 @@ use clap::ValueEnum;
 use super::Node;
 use crate::control_plane::API_PORT;
 use crate::lab::Lab;
+use crate::netns::BRIDGE;
 use crate::{netns, process};
 
 /// The kubelet's port, which the apiserver dials for exec and logs.
@@ -24,14 +25,14 @@ pub enum From {
     Api,
     /// Ceph.
     Ceph,
-    /// Everything: its link is down.
+    /// Everything: its cable leads nowhere.
     Both,
 }
 
 /// Cuts `node` off, beside what it is cut from already.
 pub fn cut(lab: &Lab, node: Node, from: From) -> Result<()> {
     match from {
-        From::Both => link(lab, node, "down"),
+        From::Both => link(lab, node, &["nomaster"]),
         From::Api => drop_packets(
             lab,
             node,
@@ -58,7 +59,7 @@ pub fn heal(lab: &Lab, node: Node, from: From) -> Result<()> {
         pass_packets(lab, node, "ceph")?;
     }
     if from == From::Both {
-        link(lab, node, "up")?;
+        link(lab, node, &["master", BRIDGE])?;
     }
     Ok(())
 }
@@ -70,7 +71,7 @@ pub fn of(lab: &Lab, node: Node) -> Result<Vec<&'static str>> {
         return Ok(found);
     }
     let mut ip = Command::new("ip");
-    let links = process::output_of(ip.args(["-n", &lab.netns(), "-o", "link", "show", "up"]))?;
+    let links = process::output_of(ip.args(["-n", &lab.netns(), "-o", "link", "show", "master", BRIDGE]))?;
     if !links.contains(&format!(" {}: ", node.tap())) {
         found.push("everything");
     }
@@ -84,9 +85,10 @@ pub fn of(lab: &Lab, node: Node) -> Result<Vec<&'static str>> {
     Ok(found)
 }
 
-fn link(lab: &Lab, node: Node, state: &str) -> Result<()> {
+/// The node's end stays up: a user-mode kernel gets an error from a tap that is down, and resets the device.
+fn link(lab: &Lab, node: Node, state: &[&str]) -> Result<()> {
     let mut ip = Command::new("ip");
-    process::output_of(ip.args(["-n", &lab.netns(), "link", "set", &node.tap(), state])).map(drop)
+    process::output_of(ip.args(["-n", &lab.netns(), "link", "set", &node.tap()]).args(state)).map(drop)
 }
 
 fn table(node: Node, what: &str) -> String {

@@ -85,7 +85,8 @@ pub fn kill(lab: &Lab, node: Node) -> Result<()> {
     Ok(())
 }
 
-/// Stops the node's VM between two instructions. Its clock goes on, as a real machine's does.
+/// Stops the node's VM between two instructions of its kernel. Its clock goes on, as a real machine's does; and a process on it
+/// that computes may do so until it wants anything of the kernel.
 pub fn freeze(lab: &Lab, node: Node) -> Result<()> {
     booted(lab, node)?.identity().signal(Signal::SIGSTOP)?;
     wait_state(lab, node, State::Frozen)
@@ -124,7 +125,6 @@ pub fn start(lab: &Lab, node: Node) -> Result<()> {
     let before = if dead { boot_id(lab, node) } else { None };
     let mut daemon = vm::ensure(lab, node, &parts)?;
     cut::heal(lab, node, From::Both)?;
-    let console = lab.path("logs").join(format!("{}.console.log", node.name()));
     let mut asked = Instant::now();
     daemon
         .wait_ready(READY_LIMIT, || {
@@ -133,7 +133,7 @@ pub fn start(lab: &Lab, node: Node) -> Result<()> {
             let now = ready_boot_id(lab, node);
             now.is_some() && now != before
         })
-        .with_context(|| format!("wait for {} (see also {})", node.name(), console.display()))
+        .with_context(|| format!("wait for {}", node.name()))
 }
 
 /// The boot id of the kernel that the node last reported; it changes with every boot.

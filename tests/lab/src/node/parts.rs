@@ -1,4 +1,4 @@
-//! What every node's VM starts from: kernel, initramfs, root disk and image disk. All are built once and kept in
+//! What every node's VM starts from: kernel, root disk and image disk. All are built once and kept in
 //! the cache; a VM's writes to the disks go to a file of its own that ends with it.
 
 use std::fs;
@@ -19,20 +19,16 @@ use crate::{process, storage};
 
 /// The cache's kind of entry.
 const KIND: &str = "node-parts";
-/// Packs root disk, kernel and initramfs.
+/// Packs root disk and kernel.
 const SCRIPT: &str = include_str!("parts.sh");
-/// The initramfs' first program.
-const INIT: &str = include_str!("../../images/node/initramfs-init");
 /// Size of the root disk as the node sees it: the tree, logs, and what pods write. The file is sparse.
 const ROOT_SIZE: &str = "8G";
 
 /// Files a node's VM starts from.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Parts {
-    /// Debian's kernel.
+    /// Folder of Debian's user-mode kernel and the C library it runs with.
     pub kernel: PathBuf,
-    /// What finds the root disk.
-    pub initramfs: PathBuf,
     /// The root tree, as an ext4 file system.
     pub root_disk: PathBuf,
     /// containerd's store with all images, as an ext4 file system.
@@ -80,25 +76,17 @@ pub fn build() -> Result<Parts> {
         anyhow::Ok((root?, containerd, images))
     })?;
     let image_disk = store::disk(&images, &containerd)?;
-    Ok(Parts {
-        kernel: root.join("vmlinuz"),
-        initramfs: root.join("initramfs"),
-        root_disk: root.join("root.ext4"),
-        image_disk,
-    })
+    Ok(Parts { kernel: root.join("kernel"), root_disk: root.join("root.ext4"), image_disk })
 }
 
 fn root(kubernetes: &Path, containerd: &Path, storage: &Path) -> Result<PathBuf> {
     let image = set::node_root(kubernetes, containerd, storage)?;
     let names: Vec<_> = image.layers.iter().filter_map(|layer| layer.file_name()).collect();
-    let inputs =
-        Inputs::new(SCRIPT).text("init", INIT).text("size", ROOT_SIZE).text("layers", &format!("{names:?}"));
+    let inputs = Inputs::new(SCRIPT).text("size", ROOT_SIZE).text("layers", &format!("{names:?}"));
     cache::entry(KIND, &inputs, "the nodes' root disk", |target| pack(target, &image.layers))
 }
 
 fn pack(target: &Path, layers: &[PathBuf]) -> Result<()> {
-    let init = target.join("init");
-    fs::write(&init, INIT).with_context(|| format!("write {}", init.display()))?;
     let mut command: Command = isolated(SCRIPT);
     command.arg(target).arg(lower_option(target, layers)?).arg(ROOT_SIZE);
     process::output_of(&mut command).map(drop)

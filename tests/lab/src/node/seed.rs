@@ -34,9 +34,10 @@ pub fn write(lab: &Lab, node: Node) -> Result<PathBuf> {
         .map(|other| format!("{}={}", netns::pod_range(other), netns::node_address(other)))
         .collect();
     let environment = format!(
-        "NODE_NAME={}\nNODE_ADDRESS={address}\nBRIDGE_ADDRESS={BRIDGE_ADDRESS}\nPOD_ROUTES='{}'\n",
+        "NODE_NAME={}\nNODE_ADDRESS={address}\nBRIDGE_ADDRESS={BRIDGE_ADDRESS}\nPOD_ROUTES='{}'\nLOGS='{}'\n",
         node.name(),
-        routes.join(" ")
+        routes.join(" "),
+        lab.path("logs").display()
     );
     put(&tree, "etc/howdah/node.env", &environment)?;
     put(&tree, "etc/hostname", &format!("{}\n", node.name()))?;

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::lab;
 
-/// A stop, a start and a crash recovery on emulated nodes take a minute or two.
+/// A stop, a start and a crash recovery take half a minute; on a machine that does much else, minutes.
 const OPERATION_LIMIT: Duration = Duration::from_secs(600);
 
 /// Creates an operation and waits until it stands at `end`.

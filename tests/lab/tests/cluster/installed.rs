@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::lab;
 
-/// A pod takes some 10 s to start on an emulated node; a busy one, several times that.
+/// A pod takes seconds to start; on a busy node, many times that.
 const START_LIMIT: Duration = Duration::from_secs(180);
 /// A lost lease is free after 15 s and the next leader asks every 2 s, on nodes that take many times as long when the
 /// machine does much else.

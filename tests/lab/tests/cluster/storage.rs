@@ -18,8 +18,8 @@ use serde_json::json;
 
 pub const CLASS: &str = "rook-ceph-block";
 pub const SHARED_CLASS: &str = "rook-ceph-block-shared";
-/// A pod with a fresh volume is up in some 15 s on an emulated node. Beside another lab and compilers, staging
-/// alone has taken 70 s, and a pod on a node that just booted some minutes.
+/// A pod with a fresh volume is up within seconds. Beside another lab and compilers, on nodes that were emulated, staging alone
+/// has taken 70 s, and a pod on a node that just booted some minutes.
 pub const POD_LIMIT: Duration = Duration::from_secs(480);
 /// For what follows within seconds.
 pub const SOON: Duration = Duration::from_secs(90);

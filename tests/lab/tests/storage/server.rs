@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 pub use howdah_lab::postgres::PASSWORD;
 
-/// A server starts in a second; two emulated nodes beside it may make that many.
+/// A server starts in a second; what else is tested beside it may make that many.
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// A fast shutdown of an idle server.
 const STOP_LIMIT: Duration = Duration::from_secs(30);
