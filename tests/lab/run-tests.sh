@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests that stand on real parts, cheapest layer first, so that a broken low layer is seen early.
+# Runs the tests that stand on real parts: those without nodes, cheapest layer first, so that a broken low layer is seen early,
+# and beside them those with nodes.
 # A lab that cannot start is a failure, never a skip. Whatever happens, the lab is taken down at the end.
 set -euo pipefail
 
@@ -7,16 +8,17 @@ set -euo pipefail
 # A lab of the tests' own: `make test` neither uses nor disturbs the one of `make demo`.
 export HOWDAH_LAB=test
 lab=$CARGO_TARGET_DIR/debug/howdah-lab
-# Nodes share the processors: more parallel tests only wait for each other. Those of the cluster level also wait for
-# drains, leases and schedules.
-cluster_threads=4
+# Of the levels that need nodes: they wait for drains, leases and schedules, and for what breaks to be noticed.
+cluster_threads=6
 nodes_threads=2
 # Tests of the API level wait more than they work: for a certificate to be renewed, for a client that is too slow.
 api_threads=4
 # Tests of the storage level that need a scheduler to themselves would wait for each other in one lab. Three labs and two
 # tests for each keep two processors busy.
 export HOWDAH_LABS=3
-labs="$HOWDAH_LAB $HOWDAH_LAB-2 $HOWDAH_LAB-3"
+# The one that has nodes.
+nodes_lab=$HOWDAH_LAB-nodes
+labs="$HOWDAH_LAB $HOWDAH_LAB-2 $HOWDAH_LAB-3 $nodes_lab"
 
 # All that is up; what a killed run left would be taken for this one's.
 down() {
@@ -74,22 +76,26 @@ run() {
     cargo test --workspace --locked "${@:2}"
 }
 
+# All that needs nodes, in a lab of its own.
+nodes_levels() {
+    export HOWDAH_LAB=$nodes_lab
+    # What the nodes are made of takes minutes to compile where it is not in the cache, and gets the processor time that tests
+    # leave: they have limits, and it has none.
+    chrt --idle 0 "$lab" build
+    "$lab" up --nodes 2
+    run "cluster level (two nodes, howdah installed)" --test cluster -- --test-threads="$cluster_threads"
+    # These break nodes, so nothing else may use them meanwhile. They bring up a third one.
+    run "broken nodes" --test nodes -- --test-threads="$nodes_threads"
+    "$lab" down
+    run "the lab itself" --test lab -- --test-threads=1
+}
+
 down
-# What the nodes are made of takes minutes to compile, and the tests of the API level leave processor time, which alone
-# is what it gets: they have limits, and it has none.
-start_beside chrt --idle 0 "$lab" build
+# Each level leaves processor time, the higher ones most of all. They are told of when they have ended.
+start_beside nodes_levels
 run "API level (control plane only)" --test api -- --test-threads="$api_threads"
 # The API tests make storage classes of their own under Rook's names; Rook's are immutable.
-down
+"$lab" down
 run "storage level (Ceph and PostgreSQL)" --test storage -- --test-threads=$((2 * HOWDAH_LABS))
-join_beside
-# The scheduler that the storage tests share runs on; it would lead in the place of the one in the cluster.
-down
-"$lab" up --nodes 2
-run "cluster level (two nodes, howdah installed)" --test cluster -- --test-threads="$cluster_threads"
-# These break nodes, so nothing else may use them meanwhile. They bring up a third one, and mostly wait: the tests of the
-# lab itself, which start and stop labs of their own, fill that time.
-start_beside env HOWDAH_LAB="$HOWDAH_LAB-2" cargo test --workspace --locked --test lab -- --test-threads=1
-run "broken nodes" --test nodes -- --test-threads="$nodes_threads"
-printf '\n== the lab itself, tested meanwhile\n' >&2
+printf '\n== what needs nodes, tested meanwhile\n' >&2
 join_beside

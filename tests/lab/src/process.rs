@@ -427,7 +427,17 @@ pub fn wait_until(limit: Duration, mut condition: impl FnMut() -> bool) -> bool 
 
 /// Polls `look` until it gives something; gives nothing when it did not within `limit`. The longer it has taken, the less
 /// often.
-pub fn wait_some<T>(limit: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
+pub fn wait_some<T>(limit: Duration, look: impl FnMut() -> Option<T>) -> Option<T> {
+    poll(limit, POLL, POLL_MAX, look)
+}
+
+/// The same with a pause of at least `least` and at most `most` between two looks.
+pub fn poll<T>(
+    limit: Duration,
+    least: Duration,
+    most: Duration,
+    mut look: impl FnMut() -> Option<T>,
+) -> Option<T> {
     let begun = Instant::now();
     loop {
         let found = look();
@@ -436,7 +446,7 @@ pub fn wait_some<T>(limit: Duration, mut look: impl FnMut() -> Option<T>) -> Opt
             return found;
         }
         // What was waited for is seen a tenth of the time too late at most.
-        thread::sleep((passed / 10).clamp(POLL, POLL_MAX));
+        thread::sleep((passed / 10).clamp(least, most));
     }
 }
 

@@ -182,6 +182,12 @@ fn mains_are_short() {
                 "{} has {lines} lines; a main wires and nothing else",
                 target.src_path
             );
+            let has_library = package.targets.iter().any(cargo_metadata::Target::is_lib);
+            assert!(
+                !has_library || !text.contains("#[test]"),
+                "{} has a test: `make test` looks for them in the library",
+                target.src_path
+            );
         }
     }
 }

@@ -1,6 +1,5 @@
 //! A test's own PersistentVolumeClaim and the RBD image behind it.
 
-use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -8,15 +7,17 @@ use serde_json::{Value, json};
 
 use crate::ceph::POOL;
 use crate::lab::Lab;
-use crate::process::wait_until;
+use crate::process::poll;
 
 /// Making a volume takes some ten Ceph commands, each most of a second on a busy machine.
 const BIND_LIMIT: Duration = Duration::from_secs(120);
 /// Deleting waits for the manager's background task, and for a pod that is still unmounting.
 const DELETE_LIMIT: Duration = Duration::from_secs(300);
 
-/// Between two looks that take a Ceph or kubectl command each, whose start-up is what a test mostly costs.
+/// Between two looks that take a Ceph or kubectl command each, whose start-up is what a test mostly costs: at first.
 const PAUSE: Duration = Duration::from_millis(500);
+/// And at last: what a test has waited for this long lasts.
+const PAUSE_MAX: Duration = Duration::from_secs(2);
 
 /// A bound claim.
 #[derive(Clone, Debug)]
@@ -154,13 +155,7 @@ impl Claim {
 
 /// Polls a condition that is costly to look at; says whether it held within `limit`.
 pub fn wait_slowly(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
-    wait_until(limit, || {
-        let holds = condition();
-        if !holds {
-            thread::sleep(PAUSE);
-        }
-        holds
-    })
+    poll(limit, PAUSE, PAUSE_MAX, || condition().then_some(())).is_some()
 }
 
 /// Runs the `rados` command on the pool and gives what it printed.

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use howdah_core::backup::Phase;
 use howdah_lab::database::{BACKUP_LIMIT, Database, MOVE_TAINT, MOVES, START_LIMIT};
 use howdah_lab::lab::Lab;
-use howdah_lab::process::{self, Identity};
+use howdah_lab::process::{self, Identity, wait_until};
 use howdah_lab::storage::claim::wait_slowly;
 use nix::sys::signal::Signal;
 
@@ -92,7 +92,8 @@ impl Drop for Paused {
 fn drain_in_a_backup(database: &Database) -> Result<bool> {
     let node = Node::of(database)?;
     database.annotate(&["howdah.dev/suspend=false"])?;
-    database.wait("a backup in its middle", || held(database))?;
+    // Looked for often: it may last two seconds.
+    ensure!(wait_until(BACKUP_LIMIT, || held(database).unwrap_or(false)), "no backup in its middle");
     let paused = Paused::now(&database.lab)?;
     let mut drain = database.lab.command(database.lab.path("bin/kubectl"));
     drain.args(["drain", &node.name, &format!("--pod-selector={MOVES}=true"), DRAIN_LIMIT]);

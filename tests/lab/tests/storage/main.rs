@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics, in its helpers too")]
 
+mod apart;
 mod catalog;
 mod ceph;
 mod drills;
@@ -18,5 +19,4 @@ mod prune;
 mod restore;
 mod scheduler;
 mod server;
-mod several;
 mod versions;

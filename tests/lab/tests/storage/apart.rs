@@ -1,4 +1,5 @@
-//! Databases on several volumes: their images are snapshotted one after the other, and have to be one state all the same.
+//! Databases on several volumes: their images are snapshotted one after the other, and have to be one state all the same. Named
+//! so that they begin before all others: they take the longest.
 
 use std::sync::Mutex;
 
