@@ -34,10 +34,9 @@ pub fn write(lab: &Lab, node: Node) -> Result<PathBuf> {
         .map(|other| format!("{}={}", netns::pod_range(other), netns::node_address(other)))
         .collect();
     let environment = format!(
-        "NODE_NAME={}\nNODE_ADDRESS={address}\nBRIDGE_ADDRESS={BRIDGE_ADDRESS}\nPOD_ROUTES='{}'\nLOGS='{}'\n",
+        "NODE_NAME={}\nNODE_ADDRESS={address}\nBRIDGE_ADDRESS={BRIDGE_ADDRESS}\nPOD_ROUTES='{}'\n",
         node.name(),
-        routes.join(" "),
-        lab.path("logs").display()
+        routes.join(" ")
     );
     put(&tree, "etc/howdah/node.env", &environment)?;
     put(&tree, "etc/hostname", &format!("{}\n", node.name()))?;

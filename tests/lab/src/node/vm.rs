@@ -20,11 +20,15 @@ use crate::{files, process};
 
 /// Memory of a node, MiB: kubelet, containerd and kube-proxy take 400, the rest is for pods and page cache.
 const MEMORY_MIB: u32 = 1536;
+/// The file that its kernel keeps it in, and what else that keeps there, MiB.
+const SHARED_MEMORY_MIB: u32 = MEMORY_MIB + 128;
+/// Where a user-mode kernel would look for a place for that file before it takes /dev/shm.
+const OTHER_PLACES: [&str; 3] = ["TMPDIR", "TMP", "TEMP"];
 /// A node that panics is a dead node: the process ends. Its console is the process's output.
 const KERNEL_ARGUMENTS: [&str; 7] =
     ["root=/dev/ubda", "rw", "con=null", "con0=null,fd:1", "console=tty0", "quiet", "panic=-1"];
 /// Becomes the kernel, in a mount namespace of its own: it was built against a C library newer than the machine's, and keeps its
-/// memory in /dev/shm, where a machine may have little room. $1: the kernel's folder; $2: its memory, MiB.
+/// memory in /dev/shm, where a machine may have little room. $1: the kernel's folder; $2: that room, MiB.
 const BECOME_KERNEL: &str = "set -e; folder=$1; mount -t tmpfs -o size=$2M memory /dev/shm; shift 2; \
                              mount --bind \"$folder/lib\" /lib/x86_64-linux-gnu; exec \"$folder/linux\" \"$@\"";
 
@@ -88,12 +92,15 @@ pub fn plug_in(lab: &Lab, node: Node) -> Result<()> {
 fn command(lab: &Lab, node: Node, parts: &Parts) -> Result<Command> {
     let folder = folder(lab, node);
     let seed = seed::write(lab, node)?;
-    // Kernel and processes of a node take turns at each of their system calls. On one processor that costs 3 us, across two a
-    // sleeping one has to be woken each time, which takes four times as long.
+    // Kernel and processes of a node take turns at each of their system calls. On one processor that costs 13 us, across two,
+    // where a sleeping one has to be woken each time, 50.
     let mut vm = Command::new("taskset");
     vm.args(["--cpu-list", &processor(node)?.to_string()]);
     vm.args(["setarch", "--addr-no-randomize", "unshare", "--mount", "sh", "-c", BECOME_KERNEL, "sh"]);
-    vm.arg(&parts.kernel).arg((MEMORY_MIB + MEMORY_MIB / 8).to_string());
+    vm.arg(&parts.kernel).arg(SHARED_MEMORY_MIB.to_string());
+    for place in OTHER_PLACES {
+        vm.env_remove(place);
+    }
     vm.arg(format!("mem={MEMORY_MIB}M"));
     for (index, disk) in [&parts.root_disk, &parts.image_disk].into_iter().enumerate() {
         // The disks are everybody's. What this VM writes goes to files of its own, and a new one begins without.
@@ -105,6 +112,8 @@ fn command(lab: &Lab, node: Node, parts: &Parts) -> Result<Command> {
     // Locally administered; the last octet is the node's.
     let mac = format!("52:54:00:77:00:{:02x}", 10 + node.index());
     vm.arg(format!("vec0:transport=tap,ifname={},mac={mac},depth=64,gro=1", node.tap()));
+    // All of this machine's files that a node gets to see.
+    vm.arg(format!("hostfs={}", lab.path("logs").display()));
     vm.arg(format!("uml_dir={}/", folder.display())).arg("umid=vm");
     vm.args(KERNEL_ARGUMENTS);
     Ok(vm)
