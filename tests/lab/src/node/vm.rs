@@ -1,6 +1,6 @@
 //! A node's virtual machine: a user-mode Linux, which is a kernel that runs as a process of the host and runs its own processes
-//! on the host's processor, at its speed; recorded under the node's name. An emulated machine took three times the processor
-//! time for the same work, and hardware's help (KVM) is not to be had everywhere.
+//! on the host's processor, at its speed; recorded under the node's name. With emulated machines the tests of the cluster level
+//! took some three times as long, and hardware's help (KVM) is not to be had everywhere.
 
 use std::fmt;
 use std::fs;
