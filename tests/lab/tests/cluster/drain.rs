@@ -93,7 +93,8 @@ fn drain_in_a_backup(database: &Database) -> Result<bool> {
     let node = Node::of(database)?;
     database.annotate(&["howdah.dev/suspend=false"])?;
     // Looked for often: it may last two seconds.
-    ensure!(wait_until(BACKUP_LIMIT, || held(database).unwrap_or(false)), "no backup in its middle");
+    let seen = wait_until(BACKUP_LIMIT, || held(database).unwrap_or(false));
+    ensure!(seen, "no backup in its middle: {:#?}", database.backups());
     let paused = Paused::now(&database.lab)?;
     let mut drain = database.lab.command(database.lab.path("bin/kubectl"));
     drain.args(["drain", &node.name, &format!("--pod-selector={MOVES}=true"), DRAIN_LIMIT]);
