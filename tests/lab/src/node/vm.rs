@@ -28,9 +28,29 @@ const OTHER_PLACES: [&str; 3] = ["TMPDIR", "TMP", "TEMP"];
 const KERNEL_ARGUMENTS: [&str; 7] =
     ["root=/dev/ubda", "rw", "con=null", "con0=null,fd:1", "console=tty0", "quiet", "panic=-1"];
 /// Becomes the kernel, in a mount namespace of its own: it was built against a C library newer than the machine's, and keeps its
-/// memory in /dev/shm, where a machine may have little room. $1: the kernel's folder; $2: that room, MiB.
-const BECOME_KERNEL: &str = "set -e; folder=$1; mount -t tmpfs -o size=$2M memory /dev/shm; shift 2; \
-                             mount --bind \"$folder/lib\" /lib/x86_64-linux-gnu; exec \"$folder/linux\" \"$@\"";
+/// memory in /dev/shm, where a machine may have little room. Of the machine's files it keeps what it was given: who is root in
+/// the node can mount, by `..` in the options of `hostfs`, whatever its kernel sees. $1: the new root; $2: that room, MiB; $3:
+/// the kernel's folder; then what it keeps, up to `--`.
+const BECOME_KERNEL: &str = r#"
+set -e
+root=$1 room=$2 kernel=$3
+shift 3
+mount -t tmpfs -o mode=0755 root "$root"
+keep() {
+    if [ -d "$1" ]; then mkdir -p "$root$2"; else mkdir -p "$root${2%/*}"; : >"$root$2"; fi
+    mount --bind "$1" "$root$2"
+}
+keep "$kernel/lib" /lib/x86_64-linux-gnu
+keep "$kernel/linux" /linux
+ln -s lib/x86_64-linux-gnu "$root/lib64"
+for device in null zero random urandom net/tun; do keep "/dev/$device" "/dev/$device"; done
+while [ "$1" != -- ]; do keep "$1" "$1"; shift; done
+shift
+mkdir -p "$root/dev/shm" "$root/proc" "$root/tmp"
+mount -t tmpfs -o "size=${room}M" memory "$root/dev/shm"
+mount -t proc proc "$root/proc"
+exec chroot "$root" /linux "$@"
+"#;
 
 /// What a VM does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,7 +117,10 @@ fn command(lab: &Lab, node: Node, parts: &Parts) -> Result<Command> {
     let mut vm = Command::new("taskset");
     vm.args(["--cpu-list", &processor(node)?.to_string()]);
     vm.args(["setarch", "--addr-no-randomize", "unshare", "--mount", "sh", "-c", BECOME_KERNEL, "sh"]);
-    vm.arg(&parts.kernel).arg(SHARED_MEMORY_MIB.to_string());
+    let (root, logs) = (folder.join("root"), lab.path("logs"));
+    fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
+    vm.arg(&root).arg(SHARED_MEMORY_MIB.to_string()).arg(&parts.kernel);
+    vm.args([&folder, &logs, &parts.root_disk, &parts.image_disk]).arg("--");
     for place in OTHER_PLACES {
         vm.env_remove(place);
     }
@@ -112,8 +135,7 @@ fn command(lab: &Lab, node: Node, parts: &Parts) -> Result<Command> {
     // Locally administered; the last octet is the node's.
     let mac = format!("52:54:00:77:00:{:02x}", 10 + node.index());
     vm.arg(format!("vec0:transport=tap,ifname={},mac={mac},depth=64,gro=1", node.tap()));
-    // All of this machine's files that a node gets to see.
-    vm.arg(format!("hostfs={}", lab.path("logs").display()));
+    vm.arg(format!("hostfs={}", logs.display()));
     vm.arg(format!("uml_dir={}/", folder.display())).arg("umid=vm");
     vm.args(KERNEL_ARGUMENTS);
     Ok(vm)

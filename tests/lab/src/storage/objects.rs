@@ -91,3 +91,21 @@ fn config_map(name: &str, data: Value) -> Value {
         "data": data,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+    use serde_yaml_ng::Deserializer;
+
+    use super::{MANIFESTS, Value};
+    use crate::database::stays;
+
+    #[test]
+    fn the_toolbox_that_all_tests_use_stays_where_it_is_when_one_moves_pods() {
+        let documents = MANIFESTS.iter().flat_map(|manifest| Deserializer::from_str(manifest));
+        let documents: Vec<Value> = documents.map(|document| Value::deserialize(document).unwrap()).collect();
+        let toolbox = documents.iter().find(|document| document["kind"] == "Deployment").unwrap();
+        let tolerated = toolbox["spec"]["template"]["spec"]["tolerations"].as_array().unwrap();
+        assert!(tolerated.contains(&stays()[0]), "{tolerated:?}");
+    }
+}

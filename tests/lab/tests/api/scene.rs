@@ -257,15 +257,16 @@ async fn make(webhook: &Webhook, who: &Who, object: &Value, made: &mut Vec<Made>
     } else {
         let data = serde_json::to_vec(&new).unwrap();
         let answer = Mutex::new(None);
-        // What an earlier scene made goes away a moment after it was deleted.
+        // What an earlier scene made goes away a moment after it was deleted, and what this one just made reaches the
+        // caches of the webhook a moment later.
         webhook
             .eventually(&format!("{kind} {name} is made"), || async {
                 let data = data.clone();
                 let params = PostParams::default();
                 let made = webhook.send_as(who, &path, |request| request.create(&params, data)).await;
-                let gone = made.status != 409;
+                let too_early = made.status == 409 || made.message().contains("which does not exist");
                 *answer.lock().unwrap() = Some(made);
-                gone
+                !too_early
             })
             .await;
         passed(answer.into_inner().unwrap().unwrap())

@@ -4,6 +4,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on panics, in its helpers too")]
 
+use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -177,6 +178,28 @@ fn exec_and_logs_work() {
     assert_eq!(pod.logs().unwrap(), "said at the start\n");
     let failed = pod.exec("echo 'said on failure' >&2; exit 3").unwrap_err().to_string();
     assert!(failed.contains("said on failure"), "{failed}");
+}
+
+/// By `..` its administrator gets to the root of what the kernel of the node sees, and to no file of this machine there.
+#[test]
+fn a_node_sees_the_folder_of_logs_and_keeps_to_one_processor() {
+    let victim = Victim::take();
+    let pod = victim.administrator();
+    let shown = |options: &str| {
+        let mount = format!(
+            "mkdir -p /seen && mount -t hostfs -o '{options}' none /seen && ls -a /seen; umount /seen"
+        );
+        pod.exec(&mount).unwrap().lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert!(shown("").contains(&"kube-apiserver.log".to_owned()));
+    let above = shown("../../../../../../../../../..");
+    assert!(above.contains(&"linux".to_owned()), "{above:?}");
+    assert!(!above.iter().any(|name| ["etc", "home", "usr"].contains(&name.as_str())), "{above:?}");
+
+    let kernel = howdah_lab::process::running(&victim.lab, &victim.node.name()).unwrap().identity().pid;
+    let status = fs::read_to_string(format!("/proc/{kernel}/status")).unwrap();
+    let processors = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim();
+    assert!(processors.parse::<usize>().is_ok(), "its kernel may run on the processors {processors}");
 }
 
 #[test]
