@@ -22,6 +22,8 @@ use crate::table;
 
 /// Images that are read at the same time; each is a process or two, here or in the toolbox.
 const IMAGES_AT_ONCE: usize = 8;
+/// Looks at a pool in which something went since it was listed. A swap renames two images, within seconds.
+const POOL_LOOKS: u32 = 5;
 
 /// A pool, or a rados namespace of it, as `rbd ls` takes it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -167,34 +169,87 @@ async fn pools_of(kubernetes: &Kubernetes, namespace: &str, name: &str) -> anyho
     Ok(pools)
 }
 
+/// Reads every image. What is gone when it is read was deleted, or a restore that swaps has given images other names meanwhile;
+/// then all are read anew, because any name may lead to another image now.
 async fn read_pool(ceph: &Ceph, pool: &Pool) -> anyhow::Result<Vec<Shelf>> {
+    let mut last = Look::default();
+    for _ in 0..POOL_LOOKS {
+        let listed: BTreeSet<String> = ceph.images(&pool.spec()).await?.into_iter().collect();
+        if last.only_lost(&listed) {
+            return Ok(last.shelves);
+        }
+        last = look_at(ceph, pool, listed).await?;
+        if last.gone.is_empty() {
+            return Ok(last.shelves);
+        }
+    }
+    bail!(
+        "read the pool {}: images are renamed or come and go faster than all are read, {POOL_LOOKS} times: run this again",
+        pool.spec()
+    )
+}
+
+/// All images of a pool, read once.
+#[derive(Default)]
+struct Look {
+    listed: BTreeSet<String>,
+    /// Those of `listed` that were not there any more when they were read.
+    gone: BTreeSet<String>,
+    shelves: Vec<Shelf>,
+}
+
+impl Look {
+    /// Whether the images that are listed now are those that were read, and all that went was deleted.
+    fn only_lost(&self, now: &BTreeSet<String>) -> bool {
+        !self.listed.is_empty() && now.is_subset(&self.listed) && now.is_disjoint(&self.gone)
+    }
+}
+
+async fn look_at(ceph: &Ceph, pool: &Pool, listed: BTreeSet<String>) -> anyhow::Result<Look> {
     let permits = Arc::new(Semaphore::new(IMAGES_AT_ONCE));
     let mut reads = JoinSet::new();
-    for image in ceph.images(&pool.spec()).await? {
+    for image in listed.clone() {
         let (ceph, pool, permits) = (ceph.clone(), pool.clone(), permits.clone());
         reads.spawn(async move {
             let _permit = permits.acquire().await.context("wait for a free place")?;
-            read_image(&ceph, &pool, image).await
+            let read = read_image(&ceph, &pool, image.clone()).await?;
+            anyhow::Ok((image, read))
         });
     }
-    let mut shelves = Vec::new();
+    let mut look = Look { listed, ..Look::default() };
     while let Some(read) = reads.join_next().await {
-        shelves.extend(read.context("read an image")??);
+        match read.context("read an image")?? {
+            (_, Read::Shelf(shelf)) => look.shelves.push(*shelf),
+            (_, Read::Nothing) => {}
+            (image, Read::Gone) => drop(look.gone.insert(image)),
+        }
     }
-    Ok(shelves)
+    Ok(look)
 }
 
-/// What the image has of howdah's; none when it has nothing, or went while we looked.
-async fn read_image(ceph: &Ceph, pool: &Pool, name: String) -> anyhow::Result<Option<Shelf>> {
+/// What reading an image gave.
+enum Read {
+    /// What it has of howdah's.
+    Shelf(Box<Shelf>),
+    /// It has nothing of howdah's.
+    Nothing,
+    /// No image has this name any more.
+    Gone,
+}
+
+async fn read_image(ceph: &Ceph, pool: &Pool, name: String) -> anyhow::Result<Read> {
     let spec = format!("{}/{name}", pool.spec());
     let metadata = match ceph.metadata(&spec).await {
-        Err(error) if error.is_not_found() => return Ok(None),
+        Err(error) if error.is_not_found() => return Ok(Read::Gone),
         metadata => metadata?,
     };
     if !metadata.keys().any(|key| key.starts_with(names::IMAGE_META_PREFIX)) {
-        return Ok(None);
+        return Ok(Read::Nothing);
     }
-    let (info, snapshots) = tokio::try_join!(ceph.info(&spec), ceph.snapshots(&spec))?;
+    let (info, snapshots) = match tokio::try_join!(ceph.info(&spec), ceph.snapshots(&spec)) {
+        Err(error) if error.is_not_found() => return Ok(Read::Gone),
+        read => read?,
+    };
     let image = ImageRecord {
         pool: pool.name.clone(),
         rados_namespace: pool.rados_namespace.clone(),
@@ -206,7 +261,7 @@ async fn read_image(ceph: &Ceph, pool: &Pool, name: String) -> anyhow::Result<Op
         .map(|snapshot| SnapshotRecord { name: snapshot.name, id: snapshot.id, size: snapshot.size })
         .collect();
     let found = catalogue::read(&image, &snapshots, &metadata, Timestamp::now());
-    Ok(Some(Shelf { image, snapshots, found }))
+    Ok(Read::Shelf(Box::new(Shelf { image, snapshots, found })))
 }
 
 enum Outcome {
@@ -277,6 +332,19 @@ mod tests {
         for wrong in ["db", "/db", "shop/", "shop/db/0"] {
             assert!(parse_target(wrong).unwrap_err().to_string().contains("NAMESPACE/NAME"), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_pool_is_read_anew_when_an_image_has_another_name_and_not_when_one_was_deleted() {
+        let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
+        let look = Look { listed: set(&["copy", "data", "other"]), gone: set(&["copy"]), shelves: vec![] };
+        assert!(look.only_lost(&set(&["data", "other"])));
+        assert!(look.only_lost(&set(&[])));
+        // The copy is the data now, and what was the data has a name that nobody has read.
+        assert!(!look.only_lost(&set(&["data", "other", "safety"])));
+        // It is back.
+        assert!(!look.only_lost(&set(&["copy", "data", "other"])));
+        assert!(!Look::default().only_lost(&set(&["data"])), "nothing was read yet");
     }
 
     #[test]

@@ -28,8 +28,8 @@ const (
 // cephCommands runs rbd, rados and ceph against the clusters named on our command line.
 type cephCommands struct {
 	clusters clusterMonitors
-	// pools remembers pool ids, which never change for as long as a pool lives.
-	pools sync.Map
+	// pools and poolIDs remember names and ids of pools, which never change for as long as a pool lives.
+	pools, poolIDs sync.Map
 }
 
 // credentials are one Ceph user, from the secret that came with the call.
@@ -154,12 +154,17 @@ func execute(ctx context.Context, command string, arguments ...string) ([]byte, 
 
 // poolID is a pool's number, as volume handles hold it.
 func (s *cephSession) poolID(ctx context.Context, name string) (int64, error) {
+	key := s.cluster + "/" + name
+	if id, known := s.ceph.poolIDs.Load(key); known {
+		return id.(int64), nil
+	}
 	pools, err := s.listPools(ctx)
 	if err != nil {
 		return 0, err
 	}
 	for id, known := range pools {
 		if known == name {
+			s.ceph.poolIDs.Store(key, id)
 			return id, nil
 		}
 	}

@@ -11,8 +11,14 @@ use howdah_lab::stage::{BACKUP_LIMIT, START_LIMIT, Stage, install_definitions};
 use howdah_lab::storage::claim::wait_slowly;
 use serde_json::json;
 
+use crate::gate::{Gate, When};
+
 fn rebuild(stage: &Stage, arguments: &[&str]) -> String {
-    stage.howdah(&[&["catalog", "rebuild", "--ceph-runner", "local"], arguments].concat())
+    rebuild_on(stage, &std::env::var("PATH").unwrap(), arguments)
+}
+
+fn rebuild_on(stage: &Stage, path: &str, arguments: &[&str]) -> String {
+    stage.howdah_on(path, &[&["catalog", "rebuild", "--ceph-runner", "local"], arguments].concat())
 }
 
 /// Everything of a record that must come back.
@@ -92,13 +98,20 @@ fn the_records_come_back_from_the_images_and_what_was_held_is_held() {
     assert!(text.contains("0 brought back, 3 there already"), "{text}");
     assert_eq!(database.snapshots(), snapshots);
 
-    // The image has another name since, as after a restore, and a clone carries a copy of its metadata.
+    // The image gets another name, as by a restore, while it is read; and a clone carries a copy of its metadata.
     let (aside, copy) = (format!("{}-aside", database.image()), format!("{}-copy", database.image()));
-    let last = format!("{aside}@{}", snapshots[0]);
-    stage.lab.rbd(&["rename", database.image(), &aside]).unwrap();
+    let last = format!("{}@{}", database.image(), snapshots[0]);
     stage.lab.rbd(&["clone", "--rbd-default-clone-format", "2", &last, &copy]).unwrap();
     stage.kubectl(&["delete", "pgb", "--all"]);
-    let text = rebuild(&stage, &["--pool", POOL]);
+    let gate = Gate::new(&stage);
+    gate.close(When::Before, &format!("info {}", database.image()));
+    let text = std::thread::scope(|scope| {
+        let reading = scope.spawn(|| rebuild_on(&stage, &gate.path(), &["--pool", POOL]));
+        gate.wait_reached();
+        stage.lab.rbd(&["rename", database.image(), &aside]).unwrap();
+        gate.open();
+        reading.join().unwrap()
+    });
     stage.lab.rbd(&["rm", "--no-progress", &copy]).unwrap();
     stage.lab.rbd(&["rename", &aside, database.image()]).unwrap();
     assert!(text.contains("3 brought back, 0 there already, 0 failed"), "{text}");
