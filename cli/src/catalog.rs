@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail, ensure};
-use howdah_adapters::ceph::{Ceph, CephPlace};
+use howdah_adapters::ceph::{Ceph, CephError, CephPlace};
 use howdah_adapters::kubernetes::{Kubernetes, KubernetesError, call, find};
 use howdah_adapters::records::{PostgresBackup, PostgresBackupSpec};
 use howdah_core::backup::{ImageRecord, SnapshotRecord};
@@ -22,8 +22,8 @@ use crate::table;
 
 /// Images that are read at the same time; each is a process or two, here or in the toolbox.
 const IMAGES_AT_ONCE: usize = 8;
-/// Looks at a pool in which something went since it was listed. A swap renames two images, within seconds.
-const POOL_LOOKS: u32 = 5;
+/// Looks at a pool: two when nothing happens in it, four for a swap that falls badly, and some for images that are made.
+const POOL_LOOKS: u32 = 8;
 
 /// A pool, or a rados namespace of it, as `rbd ls` takes it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -169,87 +169,80 @@ async fn pools_of(kubernetes: &Kubernetes, namespace: &str, name: &str) -> anyho
     Ok(pools)
 }
 
-/// Reads every image. What is gone when it is read was deleted, or a restore that swaps has given images other names meanwhile;
-/// then all are read anew, because any name may lead to another image now.
+/// Reads every image. A restore that swaps gives images other names meanwhile, so the pool is listed again after each look, and
+/// what is not known by its name is read, until nothing is left to read.
 async fn read_pool(ceph: &Ceph, pool: &Pool) -> anyhow::Result<Vec<Shelf>> {
-    let mut last = Look::default();
+    let mut known = Known::default();
     for _ in 0..POOL_LOOKS {
-        let listed: BTreeSet<String> = ceph.images(&pool.spec()).await?.into_iter().collect();
-        if last.only_lost(&listed) {
-            return Ok(last.shelves);
+        let unread = known.unread(ceph.images(&pool.spec()).await?.into_iter().collect());
+        if unread.is_empty() {
+            return Ok(known.0.into_values().flatten().collect());
         }
-        last = look_at(ceph, pool, listed).await?;
-        if last.gone.is_empty() {
-            return Ok(last.shelves);
-        }
+        known.add(read_images(ceph, pool, unread).await?);
     }
     bail!(
-        "read the pool {}: images are renamed or come and go faster than all are read, {POOL_LOOKS} times: run this again",
+        "read the pool {}: after {POOL_LOOKS} looks some of its images still had other names than just before: run this again",
         pool.spec()
     )
 }
 
-/// All images of a pool, read once.
+/// What the images of a pool gave, by their names; none when they have nothing of howdah's.
 #[derive(Default)]
-struct Look {
-    listed: BTreeSet<String>,
-    /// Those of `listed` that were not there any more when they were read.
-    gone: BTreeSet<String>,
-    shelves: Vec<Shelf>,
-}
+struct Known(BTreeMap<String, Option<Shelf>>);
 
-impl Look {
-    /// Whether the images that are listed now are those that were read, and all that went was deleted.
-    fn only_lost(&self, now: &BTreeSet<String>) -> bool {
-        !self.listed.is_empty() && now.is_subset(&self.listed) && now.is_disjoint(&self.gone)
+impl Known {
+    /// Forgets what is not listed any more, and gives what of `listed` is to be read.
+    fn unread(&mut self, mut listed: BTreeSet<String>) -> BTreeSet<String> {
+        self.0.retain(|name, _| listed.contains(name));
+        listed.retain(|name| !self.0.contains_key(name));
+        listed
+    }
+
+    /// Adds what was read. An image that has two names was renamed in between: what either leads to now is not known.
+    fn add(&mut self, read: BTreeMap<String, Option<Shelf>>) {
+        self.0.extend(read);
+        let mut names_of = BTreeMap::<String, usize>::new();
+        for shelf in self.0.values().flatten() {
+            *names_of.entry(shelf.image.id.clone()).or_default() += 1;
+        }
+        self.0
+            .retain(|_, shelf| shelf.as_ref().is_none_or(|shelf| names_of.get(&shelf.image.id) == Some(&1)));
     }
 }
 
-async fn look_at(ceph: &Ceph, pool: &Pool, listed: BTreeSet<String>) -> anyhow::Result<Look> {
+/// Reads these images; of those that are gone by now nothing is in the answer.
+async fn read_images(
+    ceph: &Ceph,
+    pool: &Pool,
+    names: BTreeSet<String>,
+) -> anyhow::Result<BTreeMap<String, Option<Shelf>>> {
     let permits = Arc::new(Semaphore::new(IMAGES_AT_ONCE));
     let mut reads = JoinSet::new();
-    for image in listed.clone() {
+    for image in names {
         let (ceph, pool, permits) = (ceph.clone(), pool.clone(), permits.clone());
         reads.spawn(async move {
             let _permit = permits.acquire().await.context("wait for a free place")?;
-            let read = read_image(&ceph, &pool, image.clone()).await?;
-            anyhow::Ok((image, read))
+            match read_image(&ceph, &pool, image.clone()).await {
+                Err(error) if error.is_not_found() => anyhow::Ok(None),
+                shelf => Ok(Some((image, shelf?))),
+            }
         });
     }
-    let mut look = Look { listed, ..Look::default() };
+    let mut answer = BTreeMap::new();
     while let Some(read) = reads.join_next().await {
-        match read.context("read an image")?? {
-            (_, Read::Shelf(shelf)) => look.shelves.push(*shelf),
-            (_, Read::Nothing) => {}
-            (image, Read::Gone) => drop(look.gone.insert(image)),
-        }
+        answer.extend(read.context("read an image")??);
     }
-    Ok(look)
+    Ok(answer)
 }
 
-/// What reading an image gave.
-enum Read {
-    /// What it has of howdah's.
-    Shelf(Box<Shelf>),
-    /// It has nothing of howdah's.
-    Nothing,
-    /// No image has this name any more.
-    Gone,
-}
-
-async fn read_image(ceph: &Ceph, pool: &Pool, name: String) -> anyhow::Result<Read> {
+/// What the image has of howdah's; none when it has nothing.
+async fn read_image(ceph: &Ceph, pool: &Pool, name: String) -> Result<Option<Shelf>, CephError> {
     let spec = format!("{}/{name}", pool.spec());
-    let metadata = match ceph.metadata(&spec).await {
-        Err(error) if error.is_not_found() => return Ok(Read::Gone),
-        metadata => metadata?,
-    };
+    let metadata = ceph.metadata(&spec).await?;
     if !metadata.keys().any(|key| key.starts_with(names::IMAGE_META_PREFIX)) {
-        return Ok(Read::Nothing);
+        return Ok(None);
     }
-    let (info, snapshots) = match tokio::try_join!(ceph.info(&spec), ceph.snapshots(&spec)) {
-        Err(error) if error.is_not_found() => return Ok(Read::Gone),
-        read => read?,
-    };
+    let (info, snapshots) = tokio::try_join!(ceph.info(&spec), ceph.snapshots(&spec))?;
     let image = ImageRecord {
         pool: pool.name.clone(),
         rados_namespace: pool.rados_namespace.clone(),
@@ -261,7 +254,7 @@ async fn read_image(ceph: &Ceph, pool: &Pool, name: String) -> anyhow::Result<Re
         .map(|snapshot| SnapshotRecord { name: snapshot.name, id: snapshot.id, size: snapshot.size })
         .collect();
     let found = catalogue::read(&image, &snapshots, &metadata, Timestamp::now());
-    Ok(Read::Shelf(Box::new(Shelf { image, snapshots, found })))
+    Ok(Some(Shelf { image, snapshots, found }))
 }
 
 enum Outcome {
@@ -335,16 +328,49 @@ mod tests {
     }
 
     #[test]
-    fn a_pool_is_read_anew_when_an_image_has_another_name_and_not_when_one_was_deleted() {
-        let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
-        let look = Look { listed: set(&["copy", "data", "other"]), gone: set(&["copy"]), shelves: vec![] };
-        assert!(look.only_lost(&set(&["data", "other"])));
-        assert!(look.only_lost(&set(&[])));
-        // The copy is the data now, and what was the data has a name that nobody has read.
-        assert!(!look.only_lost(&set(&["data", "other", "safety"])));
-        // It is back.
-        assert!(!look.only_lost(&set(&["copy", "data", "other"])));
-        assert!(!Look::default().only_lost(&set(&["data"])), "nothing was read yet");
+    fn an_image_that_is_renamed_while_its_pool_is_read_is_read_whenever_that_falls() {
+        let read = |all: &[(&str, &str)]| {
+            let shelf = |name: &str, id: &str| Shelf {
+                image: ImageRecord {
+                    pool: "p".to_owned(),
+                    rados_namespace: String::new(),
+                    name: name.to_owned(),
+                    id: id.to_owned(),
+                },
+                snapshots: vec![],
+                found: vec![],
+            };
+            all.iter().map(|(name, id)| ((*name).to_owned(), Some(shelf(name, id)))).collect()
+        };
+        // The swap makes the data the safety copy, and the copy the data. What the first look read, before and after.
+        let now = [("data", "new"), ("safety", "old")];
+        for first in [
+            &[("data", "old"), ("copy", "new")][..],
+            &[("data", "new"), ("copy", "new")],
+            &[("data", "old")],
+            &[("data", "new")],
+            &[],
+        ] {
+            let mut known = Known::default();
+            known.add(read(first));
+            let mut looks = 1;
+            loop {
+                looks += 1;
+                let unread = known.unread(now.map(|(name, _)| name.to_owned()).into());
+                if unread.is_empty() {
+                    break;
+                }
+                known.add(read(
+                    &now.into_iter().filter(|(name, _)| unread.contains(*name)).collect::<Vec<_>>(),
+                ));
+                assert!(looks < 4, "{first:?}: four looks were not enough");
+            }
+            let found = known
+                .0
+                .iter()
+                .map(|(name, shelf)| (name.as_str(), shelf.as_ref().unwrap().image.id.as_str()));
+            assert_eq!(found.collect::<Vec<_>>(), now, "{first:?}");
+        }
     }
 
     #[test]

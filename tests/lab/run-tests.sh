@@ -34,12 +34,14 @@ beside=
 beside_log=$(mktemp)
 
 start_beside() {
-    # For what cannot wait until it has ended.
-    exec 3>&2
     # Under job control it has a process group of its own, which can be ended as a whole, and does not ignore SIGINT, which
     # tests of the lab send.
     set -m
-    "$@" >"$beside_log" 2>&1 &
+    # That it failed is said at once, by a stream that nothing it starts gets hold of.
+    (
+        trap '[ "$?" = 0 ] || printf "\n== %s: failed; what failed is shown when the rest has ended\n" "$*" >&3' EXIT
+        ("$@") 3>&-
+    ) 3>&2 >"$beside_log" 2>&1 &
     beside=$!
     set +m
 }
@@ -80,8 +82,6 @@ run() {
 
 # All that needs nodes, in a lab of its own.
 nodes_levels() {
-    # What it says comes later; that there is something to look for is said at once.
-    trap '[ "$?" = 0 ] || printf "\n== what needs nodes has failed; what failed is shown when the rest has ended\n" >&3' EXIT
     export HOWDAH_LAB=$nodes_lab
     # What the nodes are made of takes minutes to compile where it is not in the cache, and gets the processor time that tests
     # leave: they have limits, and it has none.

@@ -186,7 +186,7 @@ fn admission_configuration(lab: &Lab) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// One of Kubernetes' programs. A collector of garbage that runs a quarter as often leaves a tenth of the apiserver's processor
+/// One of Kubernetes' programs. A collector of garbage that runs a quarter as often saves a tenth of the apiserver's processor
 /// time, for half a gigabyte.
 fn component(binary: &Path, name: &str) -> Command {
     let mut command = Command::new(binary);

@@ -28,8 +28,8 @@ const (
 // cephCommands runs rbd, rados and ceph against the clusters named on our command line.
 type cephCommands struct {
 	clusters clusterMonitors
-	// pools and poolIDs remember names and ids of pools, which never change for as long as a pool lives.
-	pools, poolIDs sync.Map
+	// pools remembers each cluster's pools, whose ids never change for as long as they live: the lab removes none.
+	pools sync.Map
 }
 
 // credentials are one Ceph user, from the secret that came with the call.
@@ -154,41 +154,45 @@ func execute(ctx context.Context, command string, arguments ...string) ([]byte, 
 
 // poolID is a pool's number, as volume handles hold it.
 func (s *cephSession) poolID(ctx context.Context, name string) (int64, error) {
-	key := s.cluster + "/" + name
-	if id, known := s.ceph.poolIDs.Load(key); known {
-		return id.(int64), nil
+	id, _, err := s.findPool(ctx, func(_ int64, known string) bool { return known == name })
+	if errors.Is(err, errPoolNotFound) {
+		return 0, fmt.Errorf("%w: pool (%s) in Ceph cluster", err, name)
 	}
-	pools, err := s.listPools(ctx)
-	if err != nil {
-		return 0, err
-	}
-	for id, known := range pools {
-		if known == name {
-			s.ceph.poolIDs.Store(key, id)
-			return id, nil
-		}
-	}
-	return 0, fmt.Errorf("pool not found: pool (%s) in Ceph cluster", name)
+	return id, err
 }
 
 // errPoolNotFound: a volume whose pool is gone is gone too.
 var errPoolNotFound = errors.New("pool not found")
 
 func (s *cephSession) poolName(ctx context.Context, id int64) (string, error) {
-	key := fmt.Sprintf("%s/%d", s.cluster, id)
-	if name, known := s.ceph.pools.Load(key); known {
-		return name.(string), nil
+	_, name, err := s.findPool(ctx, func(known int64, _ string) bool { return known == id })
+	if errors.Is(err, errPoolNotFound) {
+		return "", fmt.Errorf("%w: pool ID (%d) in Ceph cluster", err, id)
+	}
+	return name, err
+}
+
+// findPool looks among the pools that were listed last, and lists them when it is not there.
+func (s *cephSession) findPool(ctx context.Context, wanted func(int64, string) bool) (int64, string, error) {
+	find := func(pools map[int64]string) (int64, string, error) {
+		for id, name := range pools {
+			if wanted(id, name) {
+				return id, name, nil
+			}
+		}
+		return 0, "", errPoolNotFound
+	}
+	if known, listed := s.ceph.pools.Load(s.cluster); listed {
+		if id, name, err := find(known.(map[int64]string)); err == nil {
+			return id, name, nil
+		}
 	}
 	pools, err := s.listPools(ctx)
 	if err != nil {
-		return "", err
+		return 0, "", err
 	}
-	name, found := pools[id]
-	if !found {
-		return "", fmt.Errorf("%w: pool ID (%d) in Ceph cluster", errPoolNotFound, id)
-	}
-	s.ceph.pools.Store(key, name)
-	return name, nil
+	s.ceph.pools.Store(s.cluster, pools)
+	return find(pools)
 }
 
 func (s *cephSession) listPools(ctx context.Context) (map[int64]string, error) {
